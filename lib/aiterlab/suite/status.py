@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say truthfully how a notebook ended.
+
+papermill marks the cell in which a kernel died, and every cell after it, "completed". The words here are the suite's
+own: they go into `status.json`, into the executed notebook's metadata, and from there into the report.
+"""
+
+import re
+import textwrap
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from aiterlab.provenance import scrub_tree
+from aiterlab.records import atomic_write_text, dump_json
+
+OK = "ok"
+FAILED = "failed"  # a cell raised
+TIMEOUT = "timeout"  # the notebook's wall-clock budget ran out
+KERNEL_DIED = "kernel-died"
+INTERRUPTED = "interrupted"  # Ctrl-C, SIGTERM, or the runner itself was killed
+SETUP_FAILED = "setup-failed"  # no cell was started
+
+CELL_NOT_RUN = "not run"
+CELL_SKIPPED = "skipped"
+
+STATUS_NAME = "status.json"
+METADATA_KEY = "aiterlab"
+_LONGEST_TITLE = 72
+
+
+@dataclass
+class CellStatus:
+    """One code cell: its place among the code cells, and how it ended."""
+
+    number: int
+    title: str
+    status: str = CELL_NOT_RUN
+    seconds: float | None = None
+
+
+@dataclass
+class NotebookStatus:
+    """How one notebook of one run ended.
+
+    It is born "interrupted" and saved at once: should the runner itself be killed, what lies on disk is already true.
+    """
+
+    stem: str
+    run: str
+    profile: str
+    parameters: dict[str, Any]
+    status: str = INTERRUPTED
+    reason: str | None = "the runner ended before the notebook did"
+    finding: str | None = None  # the sentence that the notebook's record gives as its answer
+    error_cell: int | None = None
+    started_utc: str | None = None
+    seconds: float | None = None
+    cells: list[CellStatus] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether every cell ran and none raised."""
+        return self.status == OK
+
+    def end(self, status: str, reason: str | None = None) -> None:
+        """Settle the final status; `reason` is cut to its first line, the rest is in the log and the notebook."""
+        self.status = status
+        self.reason = first_line(reason) if reason else None
+
+    def save(self, folder: Path) -> Path:
+        """Write `status.json`, scrubbed like everything that a run leaves."""
+        return atomic_write_text(folder / STATUS_NAME, dump_json(scrub_tree(asdict(self))))
+
+    def stamp(self, notebook: nbformat.NotebookNode) -> None:
+        """Put the status into the notebook's metadata, so that a report can be rendered from the notebook alone."""
+        notebook.metadata[METADATA_KEY] = {key: value for key, value in asdict(self).items() if key != "cells"}
+        for cell, status in zip(code_cells(notebook), self.cells, strict=True):
+            cell.metadata[METADATA_KEY] = asdict(status)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Return the cells that can run: code, and not empty."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def list_cells(notebook: nbformat.NotebookNode) -> list[CellStatus]:
+    """Return one "not run" status per code cell, titled by the nearest heading above it and its own first comment."""
+    statuses: list[CellStatus] = []
+    heading = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found = re.findall(r"^#{1,6}\s+(.+?)\s*#*$", _without_fences(cell.source), flags=re.MULTILINE)
+            heading = _plain(found[-1]) if found else heading
+        elif cell.cell_type == "code" and cell.source.strip():
+            opening = first_line(cell.source)
+            comment = opening.lstrip("# ") if opening.startswith("#") else ""
+            parts = [heading, comment] if comment != heading else [heading]
+            title = ": ".join(part for part in parts if part) or opening
+            statuses.append(CellStatus(len(statuses) + 1, textwrap.shorten(title, _LONGEST_TITLE, placeholder="...")))
+    return statuses
+
+
+def title_of(notebook: nbformat.NotebookNode, fallback: str) -> str:
+    """Return the notebook's first top heading, which is its question."""
+    for cell in notebook.cells:
+        found = re.search(r"^#\s+(.+)$", cell.source, flags=re.MULTILINE) if cell.cell_type == "markdown" else None
+        if found:
+            return _plain(found.group(1))
+    return fallback
+
+
+def first_line(text: str) -> str:
+    """Return the first line that holds something."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _without_fences(markdown: str) -> str:
+    return re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def _plain(markdown: str) -> str:
+    return re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", markdown).strip()

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of vLLM's source that a question can be put to: releases, the regressed state, a user's own checkout."""
+
+from aiterlab.trees.edits import EditError
+from aiterlab.trees.tree import Tree, TreeError, get
+
+__all__ = ["EditError", "Tree", "TreeError", "get"]

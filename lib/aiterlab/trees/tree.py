@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the name of a tree to a folder that a probe can put on its import path."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from aiterlab import paths
+from aiterlab.trees import releases
+from aiterlab.trees.edits import REGRESSION, EditError
+
+REGRESSED_RELEASE = "0.15.1"
+GRAMMAR = "release:X.Y.Z, regressed, hotfixed, hotfixed:TREE, hotfixed-without-N, path:DIR or installed"
+
+
+class TreeError(ValueError):
+    """The name of a tree cannot be turned into a tree; the message says why and what would work."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One state of vLLM's source."""
+
+    name: str
+    folder: Path  # what a probe puts on sys.path: holds `vllm` and the metadata of a distribution `vllm`
+    source: Path  # the package `vllm` itself
+    fingerprint: str  # sha256 over the names and contents of its Python files
+    origin: str  # one sentence for the record
+    environment: dict[str, str] = field(default_factory=dict)  # what a process on this tree has set
+
+
+def get(name: str) -> Tree:
+    """Make the tree called `name` available on this machine.
+
+    Raises:
+        TreeError: no such tree, or it cannot be fetched or made.
+    """
+    try:
+        return _get(name)
+    except (releases.ReleaseError, EditError) as error:
+        raise TreeError(f"{name}: {error}") from error
+
+
+def _get(name: str) -> Tree:
+    if match := re.fullmatch(r"release:(\d+(?:\.\w+)+)", name):
+        folder = releases.fetch(match[1], _store())
+        return _tree(
+            name, folder / "vllm", f"Python files of {releases.DISTRIBUTION} {match[1]} from the package index"
+        )
+    if name == "regressed":
+        return _tree(
+            name, _regressed() / "vllm", f"release {REGRESSED_RELEASE} with the edits of vllm-project/vllm#32902"
+        )
+    if match := re.fullmatch(r"hotfixed(?:-without-([1-7]))?(?::(.+))?", name):
+        below = _get(match[2] or "regressed")
+        left_out = f", without part {match[1]}" if match[1] else ""
+        environment = {"AITERLAB_HOTFIX": "1", "AITERLAB_HOTFIX_WITHOUT": match[1] or ""}
+        return replace(
+            below,
+            name=name,
+            origin=f"{below.origin}, with aiterlab.hotfix as a vLLM plugin{left_out}",
+            environment=environment,
+        )
+    if name.startswith("path:"):
+        return _checkout(name)
+    if name == "installed":
+        return _installed(name)
+    raise TreeError(f"unknown tree {name!r}; a tree is {GRAMMAR}")
+
+
+def _store() -> Path:
+    return paths.cache_dir() / "trees"
+
+
+def _checkout(name: str) -> Tree:
+    folder = paths.as_typed(name.removeprefix("path:"))
+    if not (folder / "vllm" / "__init__.py").is_file():
+        hint = f"; did you mean path:{folder.parent}?" if (folder / "__init__.py").is_file() else ""
+        raise TreeError(f"{name}: {folder} holds no vLLM source (no vllm/__init__.py){hint}")
+    return _tree(name, folder / "vllm", f"the user's own source tree {folder.name}")
+
+
+def _installed(name: str) -> Tree:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise TreeError(f"{name}: vLLM is not installed in this environment; see environments/")
+    return _tree(name, Path(spec.origin).parent, "the vLLM installed in this environment")
+
+
+def _regressed() -> Path:
+    """Release 0.15.1 with the edits of #32902, made anew whenever the edits change."""
+    release = releases.fetch(REGRESSED_RELEASE, _store())
+    wanted = hashlib.sha256(repr((releases.verify(release), REGRESSION)).encode()).hexdigest()[:16]
+    folder = _store() / f"regressed-{wanted}"
+    if not folder.exists():
+        temporary = _store() / f".regressed-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(release, temporary)
+        for edit in REGRESSION:
+            edit.apply(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was quicker; its result is the same
+            shutil.rmtree(temporary)
+    return folder
+
+
+def _tree(name: str, package: Path, origin: str) -> Tree:
+    fingerprint = _fingerprint(package)
+    return Tree(name, _import_folder(package, fingerprint), package, fingerprint, origin)
+
+
+def _fingerprint(package: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _import_folder(package: Path, fingerprint: str) -> Path:
+    """A folder with nothing in it but the package and distribution metadata.
+
+    A checkout's top level holds folders (`tests`, `csrc`, …) that must not shadow other packages, and vLLM asks for
+    the metadata of a distribution called `vllm`, which a source tree does not have.
+    """
+    key = hashlib.sha256(f"{package}\0{fingerprint}".encode()).hexdigest()[:16]
+    folder = _store() / f"import-{key}"
+    if not folder.exists():
+        temporary = _store() / f".import-{key}-{os.getpid()}"
+        metadata = temporary / "vllm-0.0.0+aiterlab.dist-info"
+        metadata.mkdir(parents=True, exist_ok=True)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {_version(package)}\n")
+        (temporary / "vllm").symlink_to(package, target_is_directory=True)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            shutil.rmtree(temporary)
+    return folder
+
+
+def _version(package: Path) -> str:
+    """The version a tree's metadata states; vLLM reads it to recognise CPU builds, so that suffix is left out."""
+    path = package / "_version.py"
+    text = path.read_text() if path.is_file() else ""
+    match = re.search(
+        r"""^(?:__version__ = )?version = ['"]([^'"+]+)|^__version__ = (?:version = )?['"]([^'"+]+)""", text, re.M
+    )
+    return next(filter(None, match.groups())) if match else "0.0.0"

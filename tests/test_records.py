@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import math
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aiterlab import paths, records
+from aiterlab.records import RecordError, atomic_write_bytes, atomic_write_text, load_record, save_record
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv(paths.RUN_DIR_VARIABLE, str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_record_comes_back_with_parameters_and_provenance(run_dir):
+    written = save_record("01_x", {"latency_ms": 1.5, "runs": [1, 2], "reason": None}, parameters={"workers": 2})
+    assert written == run_dir / "01_x" / "record.json"
+    record = load_record(written)
+    assert (record["stem"], record["latency_ms"], record["runs"], record["reason"]) == ("01_x", 1.5, [1, 2], None)
+    assert record["parameters"] == {"workers": 2}
+    assert record["provenance"]["python"]
+
+
+@pytest.mark.parametrize(
+    ("record", "path"),
+    [
+        ({"latency_ms": math.nan}, "latency_ms"),
+        ({"cells": [{"error": 1.0}, {"error": math.inf}]}, "cells[1].error"),
+        ({"cells": [np.int64(3)]}, "cells[0]"),
+        ({"where": Path("x")}, "where"),
+        ({"counts": {1: 2}}, "counts"),
+    ],
+)
+def test_what_json_cannot_hold_is_refused_by_its_path_and_nothing_is_written(run_dir, record, path):
+    with pytest.raises(RecordError) as caught:
+        save_record("01_x", record, parameters=None)
+    assert str(caught.value).startswith(f"{path}:")
+    assert not list(run_dir.rglob("*.json"))
+
+
+@pytest.mark.parametrize("key", ["Latency", "a.b", "a b", "", "provenance", "parameters", "stem"])
+def test_keys_are_flat_names_that_save_record_does_not_write_itself(run_dir, key):
+    with pytest.raises(RecordError):
+        save_record("01_x", {key: 1}, parameters=None)
+
+
+def test_parameters_are_checked_like_the_record(run_dir):
+    with pytest.raises(RecordError, match=r"^parameters\.limit:"):
+        save_record("01_x", {}, parameters={"limit": math.inf})
+
+
+def test_load_record_refuses_what_save_record_would_not_write(tmp_path):
+    for text in ("[1]", "{", '{"a": NaN}'):
+        path = tmp_path / "record.json"
+        path.write_text(text)
+        with pytest.raises(RecordError):
+            load_record(path)
+
+
+def test_home_and_secrets_do_not_reach_the_record(run_dir, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
+    monkeypatch.setenv("HOME", "/home/someone")
+    path = save_record("01_x", {"tree": "path:/home/someone/vllm", "said": "used hf_abcdefghijkl"}, parameters=None)
+    text = path.read_text()
+    assert "path:~/vllm" in text
+    assert "someone" not in text and "abcdefghijkl" not in text
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    target = atomic_write_text(tmp_path / "deep" / "file.txt", "old")
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write_bytes(target, b"new")
+    assert target.read_text() == "old"
+    assert [entry.name for entry in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_the_file_is_replaced_from_its_own_folder_after_it_reached_the_disk(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (calls.append("fsync"), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(Path(a).parent == Path(b).parent), replace(a, b)))
+    atomic_write_text(tmp_path / "file.txt", "text")
+    assert calls == ["fsync", True]
+
+
+def test_written_files_may_be_read_by_others_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = atomic_write_text(tmp_path / "file.txt", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_without_a_run_a_notebook_writes_beside_the_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv(paths.RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.setattr(paths, "results_dir", lambda: tmp_path)
+    assert paths.output_dir("01_x") == tmp_path / "interactive" / "01_x"
+    assert (tmp_path / "interactive" / "01_x").is_dir()
+
+
+@pytest.mark.parametrize("stem", ["", "../x", "a/b", "."])
+def test_a_stem_cannot_leave_its_folder(run_dir, stem):
+    with pytest.raises(ValueError, match="plain name"):
+        paths.output_dir(stem)
+
+
+def test_the_cache_follows_its_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(paths.CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert paths.cache_dir() == tmp_path / ".cache" / "aiterlab"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert paths.cache_dir() == tmp_path / "xdg" / "aiterlab"
+    monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path / "mine"))
+    assert paths.cache_dir() == tmp_path / "mine"
+
+
+def test_json_is_written_for_people():
+    assert records.dump_json({"b": 1, "a": "ü"}) == '{\n  "b": 1,\n  "a": "ü"\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.dump_json(math.nan)
+    assert json.loads(records.dump_json(None)) is None
