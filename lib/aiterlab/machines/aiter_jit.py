@@ -154,8 +154,8 @@ def _replace_template_compiler(utils: ModuleType) -> None:
 
 def _paged_attention_v1(
     template: dict, out, workspace, query, key_cache, value_cache, block_tables, cu_query_lens, context_lens,
-    alibi_slopes, q_scale, k_scale, v_scale, fp8_out_scale, scale, max_blocks, max_partitions, soft_cap, sequences, kv_heads, heads,
-    q_stride, block_stride, head_stride, page_stride, sliding_window, stream,
+    alibi_slopes, q_scale, k_scale, v_scale, fp8_out_scale, scale, max_blocks, max_partitions, soft_cap, sequences,
+    kv_heads, heads, q_stride, block_stride, head_stride, page_stride, sliding_window, stream,
 ):  # fmt: skip
     """The compiled `pa_v1` entry point, called with raw pointers and element strides, computed in NumPy.
 

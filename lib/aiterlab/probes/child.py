@@ -40,6 +40,10 @@ def answer(request: dict) -> dict:
         from aiterlab.machines import simulation
 
         simulation.install(machine)
+    else:
+        from aiterlab.machines import native
+
+        native.watch_compilation()
     from aiterlab.probes.questions import Probe
 
-    return Probe(Path(tree["folder"]) / "vllm", request["explicit"]).answer()
+    return Probe(Path(tree["folder"]) / "vllm", request["explicit"], simulated=machine.simulated).answer()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drive vLLM's real AITER backend on CPU tensors: one decode, one prefill and one extend step, checked in float64.
+"""Drive vLLM's real AITER backend through one decode, one prefill and one extend step, checked in float64.
+
+Tensors live where the machine computes: in host memory on a simulated machine, on the GPU of a native one.
 
 The layer, the backend, its metadata builder and its cache layout are the tree's own objects; what differs between
 releases is asked of them, never of a version number.
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 
 from aiterlab.attention import reference
-from aiterlab.machines import driver, ledger
+from aiterlab.machines import ledger
 from aiterlab.probes import failure, models
 
 PAGE = 16  # tokens per KV cache page
@@ -32,7 +34,7 @@ STEPS = {
 
 @dataclasses.dataclass
 class Batch:
-    """The sequences of one step and where their tokens live in the paged cache."""
+    """The sequences of one step and where their tokens live in the paged cache; made on the host, from one seed."""
 
     lengths: list[tuple[int, int]]
     query: torch.Tensor  # [new tokens, heads, head_size]
@@ -94,24 +96,22 @@ class Batch:
         return worst, limit
 
 
-def run(layer, vllm_config, package: Path, dtype: torch.dtype = torch.float16) -> dict:
-    """Put every step through the layer's backend; the answer has one entry per step.
+def run(layer, vllm_config, package: Path, dtype: torch.dtype, device: torch.device) -> dict:
+    """Put every step through the layer's backend on `device`; the answer has one entry per step.
 
     Each entry is `{"outcome": "ok" | "wrong", "max_abs_error": …, "tolerance": …}` or an exception as a fact. The last
     entry, `gather_then_attend`, is the kernel test of the fix: the tree's own gather followed by AITER's attention.
     """
-    with driver.pageable_memory():
-        spec = _cache_spec(layer, vllm_config)
-        builder = layer.attn_backend.get_builder_cls()(spec, [layer.layer_name], vllm_config, torch.device("cpu"))
-        answers = {}
-        for seed, (name, lengths) in enumerate(STEPS.items()):
-            batch = Batch.make(lengths, dtype, seed)
-            answers[name] = _attempt(name, package, lambda batch=batch: _step(layer, builder, spec, batch))
-        batch = Batch.make(STEPS["extend"], dtype, len(STEPS))
-        answers["gather_then_attend"] = _attempt(
-            "gather_then_attend", package, lambda: _gather_then_attend(layer, spec, batch)
-        )
-        return answers
+    spec = _cache_spec(layer, vllm_config)
+    builder = layer.attn_backend.get_builder_cls()(spec, [layer.layer_name], vllm_config, device)
+    answers = {}
+    for seed, (name, lengths) in enumerate(STEPS.items()):
+        batch = Batch.make(lengths, dtype, seed)
+        answers[name] = _attempt(name, package, lambda batch=batch: _step(layer, builder, spec, batch, device))
+    batch = Batch.make(STEPS["extend"], dtype, len(STEPS))
+    name = "gather_then_attend"
+    answers[name] = _attempt(name, package, lambda: _gather_then_attend(layer, spec, batch, device))
+    return answers
 
 
 def _attempt(name: str, package: Path, compute) -> dict:
@@ -124,51 +124,54 @@ def _attempt(name: str, package: Path, compute) -> dict:
     return {"outcome": outcome, "max_abs_error": error if error < float("inf") else None, "tolerance": limit}
 
 
-def _step(layer, builder, spec, batch: Batch) -> tuple[float, float]:
-    cache = _empty_cache(layer.attn_backend, spec)
+def _step(layer, builder, spec, batch: Batch, device: torch.device) -> tuple[float, float]:
+    cache = _empty_cache(layer.attn_backend, spec, device)
     if (cached := batch.cached()) is not None:
-        _write(layer, cache, *cached)
-    keys, values, slots = batch.new()
-    metadata = builder.build(common_prefix_len=0, common_attn_metadata=_common_metadata(batch, slots))
+        _write(layer, cache, *_on(device, *cached))
+    query, keys, values, slots = _on(device, batch.query, *batch.new())
+    metadata = builder.build(common_prefix_len=0, common_attn_metadata=_common_metadata(batch, slots, device))
     if not getattr(layer.attn_backend, "forward_includes_kv_cache_update", True):
         layer.impl.do_kv_cache_update(layer, keys, values, cache, slots)
-    output = torch.full_like(batch.query, float("nan"))
-    layer.impl.forward(layer, batch.query, keys, values, cache, metadata, output=output)
-    return batch.error(output)
+    output = torch.full_like(query, float("nan"))
+    layer.impl.forward(layer, query, keys, values, cache, metadata, output=output)
+    return batch.error(output.cpu())
 
 
-def _gather_then_attend(layer, spec, batch: Batch) -> tuple[float, float]:
+def _on(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.to(device) for tensor in tensors)
+
+
+def _gather_then_attend(layer, spec, batch: Batch, device: torch.device) -> tuple[float, float]:
     """Gather the paged cache into contiguous tensors, then call AITER's varlen attention on them."""
     import aiter as rocm_aiter  # never under its own name, which is a builtin's
 
     backend = sys.modules[layer.impl.__class__.__module__]
-    cache = _empty_cache(layer.attn_backend, spec)
+    cache = _empty_cache(layer.attn_backend, spec, device)
     for part in (batch.cached(), batch.new()):
-        _write(layer, cache, *part)
+        _write(layer, cache, *_on(device, *part))
     key_cache, value_cache = _key_and_value(layer, cache)
-    lengths = torch.tensor([context + new for context, new in batch.lengths], dtype=torch.int32)
+    lengths = torch.tensor([context + new for context, new in batch.lengths], dtype=torch.int32, device=device)
     offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    query_offsets = _offsets(batch)
-    gathered = torch.full(
-        (2, int(offsets[-1]), models.KV_HEADS, models.HEAD_SIZE), float("nan"), dtype=batch.query.dtype
-    )
+    query, block_table, query_offsets = _on(device, batch.query, batch.block_table, _offsets(batch))
+    shape = (2, int(offsets[-1]), models.KV_HEADS, models.HEAD_SIZE)
+    gathered = torch.full(shape, float("nan"), dtype=query.dtype, device=device)
     backend.cp_mha_gather_cache(
         key_cache=key_cache,
         value_cache=value_cache,
         key=gathered[0],
         value=gathered[1],
-        block_tables=batch.block_table,
+        block_tables=block_table,
         k_scales=layer._k_scale,
         v_scales=layer._v_scale,
         cu_seqlens_kv=offsets,
-        token_to_batch=torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths),
-        seq_starts=torch.zeros(len(lengths), dtype=torch.int32),
+        token_to_batch=torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device=device), lengths),
+        seq_starts=torch.zeros(len(lengths), dtype=torch.int32, device=device),
         dequant=False,
         kv_cache_layout="SHUFFLE" if _shuffled() else "NHD",
         total_tokens=int(offsets[-1]),
     )
     output = rocm_aiter.flash_attn_varlen_func(
-        q=batch.query,
+        q=query,
         k=gathered[0],
         v=gathered[1],
         cu_seqlens_q=query_offsets,
@@ -178,7 +181,7 @@ def _gather_then_attend(layer, spec, batch: Batch) -> tuple[float, float]:
         softmax_scale=SCALE,
         causal=True,
     )
-    return batch.error(output[0] if isinstance(output, tuple) else output)
+    return batch.error((output[0] if isinstance(output, tuple) else output).cpu())
 
 
 def _offsets(batch: Batch) -> torch.Tensor:
@@ -186,16 +189,16 @@ def _offsets(batch: Batch) -> torch.Tensor:
     return torch.nn.functional.pad(new.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _common_metadata(batch: Batch, slots: torch.Tensor):
+def _common_metadata(batch: Batch, slots: torch.Tensor, device: torch.device):
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     lengths = torch.tensor([context + new for context, new in batch.lengths], dtype=torch.int32)
     contexts = torch.tensor([context for context, _ in batch.lengths], dtype=torch.int32)
     offsets = _offsets(batch)
     known = dict(
-        query_start_loc=offsets,
+        query_start_loc=offsets.to(device),
         query_start_loc_cpu=offsets,
-        seq_lens=lengths,
+        seq_lens=lengths.to(device),
         seq_lens_cpu=lengths,
         _seq_lens_cpu=lengths,
         seq_lens_cpu_upper_bound=lengths,
@@ -205,7 +208,7 @@ def _common_metadata(batch: Batch, slots: torch.Tensor):
         num_actual_tokens=int(offsets[-1]),
         max_query_len=max(new for _, new in batch.lengths),
         max_seq_len=int(lengths.max()),
-        block_table_tensor=batch.block_table,
+        block_table_tensor=batch.block_table.to(device),
         slot_mapping=slots,
         causal=True,
     )
@@ -220,16 +223,16 @@ def _cache_spec(layer, vllm_config):
     return customize(spec) if customize else spec
 
 
-def _empty_cache(backend, spec) -> torch.Tensor:
+def _empty_cache(backend, spec, device: torch.device) -> torch.Tensor:
     """The KV cache in the shape and memory order that the tree's backend asks for; NaN where nothing is written."""
     if hasattr(backend, "get_kv_cache_shape"):
         shape = backend.get_kv_cache_shape(BLOCKS, PAGE, models.KV_HEADS, models.HEAD_SIZE)
-        return torch.full(shape, float("nan"), dtype=spec.dtype)
+        return torch.full(shape, float("nan"), dtype=spec.dtype, device=device)
     from vllm.v1 import kv_cache_interface as interface
 
     layout = backend.supported_kv_cache_layouts()[0]
     shape = (1, *interface.compute_layer_kv_cache_shape_bytes(spec, BLOCKS))
-    raw = torch.empty(prod(shape), dtype=torch.int8)
+    raw = torch.empty(prod(shape), dtype=torch.int8, device=device)
     raw.view(spec.dtype).fill_(float("nan"))
     strides = interface.compute_layout_strides(spec, BLOCKS, 1, layout)
     return torch.as_strided(raw, shape, strides)[0].view(spec.dtype)
@@ -254,7 +257,7 @@ def _write(layer, cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     key_cache, value_cache = _key_and_value(layer, cache)
     if _shuffled():
         backend = sys.modules[layer.impl.__class__.__module__]
-        write, scale = backend.reshape_and_cache_shuffle_triton, torch.ones(1)
+        write, scale = backend.reshape_and_cache_shuffle_triton, torch.ones(1, device=cache.device)
     else:
         write, scale = torch.ops._C_cache_ops.reshape_and_cache_flash, layer._k_scale
     write(keys, values, key_cache, value_cache, slots, "auto", scale, scale)

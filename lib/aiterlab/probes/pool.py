@@ -19,7 +19,7 @@ from pathlib import Path
 from aiterlab import paths, records
 from aiterlab.probes.cells import Cell, verdict
 
-TIMEOUT_S = 240
+TIMEOUT_S, NATIVE_TIMEOUT_S = 240, 3600  # on a real machine AITER compiles its modules, for minutes each
 _SERVER_ENVIRONMENT = {
     # A child must not inherit threads that fork cannot carry over, and two cores are best used by two cells.
     "OMP_NUM_THREADS": "1",
@@ -30,8 +30,10 @@ _SERVER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
     "MPLBACKEND": "agg",  # the one of a notebook's kernel cannot be imported outside it
-    "CUDA_VISIBLE_DEVICES": "",
 }
+# Triton looks at the first while its own library is imported, so it is set before anything is. The second keeps a real
+# GPU out of a simulated machine.
+_SIMULATION_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Progress:
@@ -59,7 +61,7 @@ def ask(
     *,
     workers: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> list[dict]:
     """Answer every cell; returns rows in the order of `cells`: coordinates, `verdict`, `facts`, `reused`, `seconds`.
 
@@ -70,7 +72,7 @@ def ask(
     Args:
         workers: processes at a time; the number of usable cores by default.
         progress: called with (cells done, cells in all, seconds since the start) after each answer.
-        timeout_s: seconds after which one cell is killed.
+        timeout_s: seconds after which one cell is killed; 240, and an hour on a native machine, by default.
     """
     workers = workers or len(os.sched_getaffinity(0))
     folder = paths.cells_dir()
@@ -88,12 +90,12 @@ def ask(
     for native in (False, True):  # a forked process must not have touched a GPU, so the server never does either
         todo = [i for i in open_cells if cells[i].machine.simulated is not native]
         if todo:
-            # Triton looks at this variable while its own library is imported, so it is set before anything is.
-            environment = {} if native else {"TRITON_INTERPRET": "1"}
+            environment = {} if native else _SIMULATION_ENVIRONMENT
+            limit_s = timeout_s or (NATIVE_TIMEOUT_S if native else TIMEOUT_S)
             preload = _Preload(environment)
-            with _Server(preload.names or preload.scout(cells[todo[0]], timeout_s), environment) as server:
+            with _Server(preload.names or preload.scout(cells[todo[0]], limit_s), environment) as server:
                 # A native machine is one GPU: its cells take turns.
-                server.answer({i: (cells[i], open_cells[i]) for i in todo}, 1 if native else workers, timeout_s, finish)
+                server.answer({i: (cells[i], open_cells[i]) for i in todo}, 1 if native else workers, limit_s, finish)
             preload.extend(name for i in todo for name in rows[i]["loaded_modules"])
     return rows
 
@@ -196,7 +198,7 @@ class _Server:
 
 
 class _Preload:
-    """Names of the modules that a server imports before it forks: what cells were seen to load, kept per environment."""
+    """Names of the modules that a server imports before it forks: what cells were seen to load."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment

@@ -6,6 +6,7 @@ Runs in a process of its own, after the machine has been installed and the tree 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,8 @@ FA_UTILS_NAMES = ("flash_attn_varlen_func", "get_scheduler_metadata", "reshape_a
 class Probe:
     """One tree on one machine; `answer` asks everything in the order in which an engine would meet it."""
 
-    def __init__(self, package: Path, explicit: str | None) -> None:
-        self.package, self.explicit = package, explicit
+    def __init__(self, package: Path, explicit: str | None, *, simulated: bool) -> None:
+        self.package, self.explicit, self.simulated = package, explicit, simulated
         self.imports = ImportLedger(package)
 
     def answer(self) -> dict:
@@ -107,14 +108,18 @@ class Probe:
         from vllm.config import set_current_vllm_config
 
         config = self._engine_config()
-        with set_current_vllm_config(config):
+        device = torch.device("cpu" if self.simulated else "cuda")
+        with set_current_vllm_config(config), self._memory(), device:
             layer = self._attention_layer(config)
             backend = layer.attn_backend
             chosen = next((e.name for e in type(layer.backend) if _path(e) == _qualified(backend)), backend.__name__)
             answer = {"backend": chosen, "backend_class": _qualified(backend)}
             if chosen == EXPLICIT:
-                answer["drive"] = drive.run(layer, config, self.package, torch.float16)
+                answer["drive"] = drive.run(layer, config, self.package, torch.float16, device)
         return answer
+
+    def _memory(self):
+        return driver.pageable_memory() if self.simulated else contextlib.nullcontext()
 
     def _attention_layer(self, config):
         import torch
@@ -162,8 +167,8 @@ class Probe:
         config = self._engine_config(
             speculative_config={"method": "eagle", "model": draft, "num_speculative_tokens": 3}
         )
-        with set_current_vllm_config(config), driver.pageable_memory():
-            proposer = EagleProposer(config, torch.device("cpu"), None)
+        with set_current_vllm_config(config), self._memory():
+            proposer = EagleProposer(config, torch.device("cpu" if self.simulated else "cuda"), None)
         allowed = proposer.allowed_attn_types
         names = None if allowed is None else [kind.__name__ for kind in allowed]
         return {"allowed_metadata": names, "allows_aiter": names is None or "AiterFlashAttentionMetadata" in names}

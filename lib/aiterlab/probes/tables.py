@@ -69,7 +69,7 @@ def _error(fact: dict) -> str | None:
 
 
 def truth_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts with one column per kind of selection, AITER and switch; architectures with the same line share it."""
+    """The verdicts, one column per selection, AITER and switch; architectures with the same verdicts share a line."""
     columns = cells[["selection", "aiter", "switch"]].drop_duplicates().sort_values("selection", kind="stable")
     verdicts = cells.pivot(index=["tree", "arch"], columns=list(columns), values="verdict")
     verdicts = verdicts[list(columns.itertuples(index=False, name=None))]
@@ -268,9 +268,9 @@ def failures(rows: list[dict]) -> list[dict]:
     return list(found.values())
 
 
-def plain(table: pd.DataFrame) -> list[dict]:
-    """A table as JSON for a record: one object per line, None where a value is missing."""
-    return json.loads(table.to_json(orient="records"))
+def plain(table: pd.DataFrame) -> dict[str, list]:
+    """A table as JSON for a record: one list per column, None where a value is missing; `pd.DataFrame` reads it back."""
+    return {name: json.loads(table[name].to_json(orient="values")) for name in table.columns}
 
 
 def stand_ins(rows: list[dict]) -> list[str]:

@@ -180,7 +180,15 @@ class AiterlabEngine(NBClientEngine):
 
     @classmethod
     def execute_notebook(
-        cls, nb: nbformat.NotebookNode, kernel_name: str, *, watch: Watch, log: TextIO, job: Job, **_: Any
+        cls,
+        nb: nbformat.NotebookNode,
+        kernel_name: str,
+        *,
+        watch: Watch,
+        log: TextIO,
+        job: Job,
+        environment: dict[str, str],
+        **_: Any,
     ) -> nbformat.NotebookNode:
         """Execute `nb`; papermill passes its own options along, which have no meaning here."""
         watch.notebook = nb
@@ -203,7 +211,7 @@ class AiterlabEngine(NBClientEngine):
         try:
             # What the kernel's process itself writes goes to the log as well, not into the progress lines.
             files = {"stdout": log.fileno(), "stderr": log.fileno(), "pass_fds": (log.fileno(),)}
-            client.execute(env=kernel_environment(job.run_dir), **files)
+            client.execute(env=environment, **files)
         finally:
             manager.notebook_complete()
         # The watch holds the notebook. From what is returned papermill would make a failure of any error output, also
@@ -251,6 +259,7 @@ def _execute(job: Job, notebook: nbformat.NotebookNode, watch: Watch, log: TextI
             watch=watch,
             log=log,
             job=job,
+            environment=kernel_environment(job.run_dir),  # made here: papermill changes into the notebook's folder
         )
 
 

