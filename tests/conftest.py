@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -40,9 +39,3 @@ def run_python(tmp_path_factory):
         return ended.stdout
 
     return run
-
-
-@pytest.fixture(scope="session")
-def package_source():
-    """The folder of the package `aiterlab`."""
-    return Path(paths.__file__).parent

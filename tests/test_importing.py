@@ -93,7 +93,8 @@ def test_a_watched_module_keeps_its_own_loader_and_source(check):
         "from aiterlab.importing import after_import\n"
         "after_import('inner', lambda module: None)\n"
         "import inner, inspect, importlib.machinery as m\n"
-        "print(isinstance(inner.__loader__, m.SourceFileLoader), isinstance(inner.__spec__.loader, m.SourceFileLoader))\n"
+        "loaders = inner.__loader__, inner.__spec__.loader\n"
+        "print(*[isinstance(loader, m.SourceFileLoader) for loader in loaders])\n"
         "print(inspect.getsource(inner).strip())\n"
     ) == ["True True", "value = 'source'"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rule: availability never reads a switch, preference implies availability, an explicit choice needs no preference."""
+"""The rule: availability reads no switch, preference implies it, and an explicit choice needs nothing else."""
 
 import ast
 import inspect

@@ -36,7 +36,8 @@ FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"
 EAGLE = "vllm.v1.spec_decode.eagle"
 
 logger = logging.getLogger("vllm.plugins.aiterlab_hotfix")  # below vLLM's own logger, so its handler and level apply
-status: dict = {"applied": [], "refused": None}  # what happened in this process, for the record
+# What happened in this process, for the record.
+status: dict = {"wanted": [], "applied": [], "failed": [], "refused": None}
 
 
 class HotfixRefused(RuntimeError):
@@ -63,13 +64,16 @@ def plugin() -> None:
     left_out = os.environ.get(WITHOUT_VARIABLE, "")
     try:
         apply(without=[int(number) for number in left_out.split(",") if number])
-    except HotfixRefused as refusal:
+    except (HotfixRefused, ValueError) as refusal:
         status["refused"] = str(refusal)
         logger.error("aiterlab hotfix not applied: %s", refusal)
 
 
 def apply(without: Iterable[int] = ()) -> list[int]:
     """Apply the hotfix to the vLLM in this process; return the numbers of the parts, those `without` left out.
+
+    A part whose module has not been imported yet is laid on when it is. A part that does not fit is logged and left
+    out, and the process goes on; `status` says which.
 
     Raises:
         HotfixRefused: the platform is not ROCm, or this vLLM does not have the regression.
@@ -78,16 +82,29 @@ def apply(without: Iterable[int] = ()) -> list[int]:
     known = {part.number for part in PARTS}
     if unknown := set(without) - known:
         raise ValueError(f"no such part of the hotfix: {sorted(unknown)}; parts are {sorted(known)}")
-    if status["applied"]:
-        return status["applied"]
+    wanted = sorted(known - set(without))
+    if status["wanted"]:
+        return status["wanted"]
     if reason := why_not_needed():
         raise HotfixRefused(reason)
     for part in PARTS:
-        if part.number not in without:
-            after_import(part.module, part.patch)
-    status["applied"] = sorted(known - set(without))
-    logger.warning("aiterlab hotfix applied: availability of AITER no longer depends on %s", policy.MAIN_SWITCH)
-    return status["applied"]
+        if part.number in wanted:
+            after_import(part.module, functools.partial(_lay_on, part))
+    status["wanted"] = wanted
+    logger.warning("aiterlab hotfix: availability of AITER no longer depends on %s", policy.MAIN_SWITCH)
+    return wanted
+
+
+def _lay_on(part: Part, module: ModuleType) -> None:
+    try:
+        part.patch(module)
+    except Exception as error:
+        status["failed"].append(
+            {"part": part.number, "module": part.module, "error": f"{type(error).__name__}: {error}"}
+        )
+        logger.exception("aiterlab hotfix: part %d (%s) does not fit this vLLM", part.number, part.title)
+    else:
+        status["applied"] = sorted({*status["applied"], part.number})
 
 
 def why_not_needed() -> str | None:
@@ -99,7 +116,7 @@ def why_not_needed() -> str | None:
     spec = importlib.util.find_spec(OPERATORS)
     if spec is None or spec.origin is None:
         return f"this vLLM has no {OPERATORS}; it is older than the regression"
-    for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and node.name == "is_aiter_found_and_supported":
             if any(isinstance(n, ast.Attribute) and n.attr == policy.MAIN_SWITCH for n in ast.walk(node)):
                 return None
@@ -113,14 +130,13 @@ def why_not_needed() -> str | None:
 @functools.cache
 def _facts() -> policy.Facts:
     """The facts of this machine, in vLLM's own words; fixed for the life of a process."""
-    import torch
     from vllm.platforms import current_platform
     from vllm.platforms.rocm import on_gfx9
 
     return policy.Facts(
         rocm=current_platform.is_rocm(),
         library=importlib.util.find_spec("aiter") is not None,
-        architecture=torch.cuda.get_device_properties("cuda").gcnArchName.partition(":")[0],
+        architecture="this GPU",  # its name would cost an initialised device in vLLM's parent process
         architecture_supported=on_gfx9(),
     )
 

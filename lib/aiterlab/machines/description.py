@@ -8,8 +8,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from aiterlab.policy import MAIN_SWITCH
+
 ENVIRONMENT_VARIABLE = "AITERLAB_MACHINE"
-SWITCH = "VLLM_ROCM_USE_AITER"
 SWITCH_POSITIONS = ("unset", "0", "1")
 
 
@@ -78,13 +79,13 @@ class Machine:
     @property
     def switch(self) -> str:
         """Position of the main switch: `unset`, `0` or `1`."""
-        return self.switches.get(SWITCH, "unset")
+        return self.switches.get(MAIN_SWITCH, "unset")
 
     def environment(self) -> dict[str, str | None]:
         """Environment variables of a process on this machine; None means that the variable must not be set."""
-        variables: dict[str, str | None] = dict.fromkeys(
-            name for name in os.environ if name.startswith(("VLLM_", "AITER_", "AITERLAB_HOTFIX", "GPU_ARCHS"))
-        )
+        # A native machine keeps its own settings, such as the folder of prebuilt kernels; its switches are asked anew.
+        cleared = ("VLLM_ROCM_", "AITERLAB_HOTFIX", *(("VLLM_", "AITER_", "GPU_ARCHS") if self.simulated else ()))
+        variables: dict[str, str | None] = dict.fromkeys(name for name in os.environ if name.startswith(cleared))
         variables |= self.switches
         if self.simulated:
             variables[ENVIRONMENT_VARIABLE] = self.to_json()
@@ -102,7 +103,7 @@ def with_switch(machine: Machine, position: str) -> Machine:
     """The same machine with `VLLM_ROCM_USE_AITER` in the given position: `unset`, `0` or `1`."""
     if position not in SWITCH_POSITIONS:
         raise ValueError(f"unknown switch position {position!r}; known: {', '.join(SWITCH_POSITIONS)}")
-    switches = {name: value for name, value in machine.switches.items() if name != SWITCH}
+    switches = {name: value for name, value in machine.switches.items() if name != MAIN_SWITCH}
     if position != "unset":
-        switches[SWITCH] = position
+        switches[MAIN_SWITCH] = position
     return Machine(machine.kind, machine.arch, machine.aiter, machine.flash_attn, switches)

@@ -13,6 +13,7 @@ from importlib import resources
 from types import ModuleType, SimpleNamespace
 
 from aiterlab import importing
+from aiterlab.machines import ledger
 from aiterlab.machines.description import Architecture
 
 HIP_VERSION = "6.4.43484-123eb5128"  # ROCm 6.4
@@ -105,6 +106,7 @@ def _torch_device(gpu: Architecture) -> None:
         if dispatch_key == "CUDA" and not torch._C._dispatch_has_kernel_for_dispatch_key(
             _qualified(self, op_name), "CPU"
         ):
+            ledger.stood_in("operators registered for the GPU also run on host memory")
             implement(self, op_name, fn, "CPU", *args, **kwargs)
 
     Library.impl = implement_on_host_too
@@ -151,4 +153,5 @@ def pageable_memory():
                 return args[0]
             return func(*args, **kwargs)
 
+    ledger.stood_in("pinned host memory -> ordinary memory")
     return PageableMemory()

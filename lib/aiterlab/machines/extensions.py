@@ -43,6 +43,7 @@ def install(flash_attn: bool) -> None:
 
 
 def _fill_extension(module: ModuleType) -> None:
+    ledger.stood_in("vLLM's compiled extensions, by name; two operators registered")
     if module.__name__ in ("vllm._C", "vllm._C_stable_libtorch") and not _libraries:
         for namespace, schema, function in _OPERATORS:
             library = torch.library.Library(namespace, "FRAGMENT")
@@ -135,4 +136,5 @@ def _fill_flash_attn(module: ModuleType) -> None:
     def only_compiled(*args, **kwargs):
         raise NotImplementedError(f"{module.__name__} is present on the simulated machine by name only")
 
+    ledger.stood_in("flash_attn, by name only")
     module.flash_attn_varlen_func = module.apply_rotary = only_compiled

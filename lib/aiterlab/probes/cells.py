@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import product
 
+from aiterlab import policy
 from aiterlab.machines import Machine
 from aiterlab.machines.description import with_switch
 from aiterlab.trees import Tree
 
 EXPLICIT = "ROCM_AITER_FA"
-SHUFFLE_SWITCH = "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT"
+SHUFFLE_SWITCH = policy.FEATURES["shuffle_kv_cache"].switch
 STEPS = ("prefill", "extend", "decode")
 TRAP = "'builtin_function_or_method' object has no attribute"
 
@@ -79,8 +80,10 @@ def grid(
     """Every combination on simulated machines; on `native`, where the machine is given, only what can be varied.
 
     Raises:
-        ValueError: an unknown architecture or switch position.
+        ValueError: an unknown architecture or switch position, or a tree named twice.
     """
+    if twice := {tree.name for tree in trees if [t.name for t in trees].count(tree.name) > 1}:
+        raise ValueError(f"named twice: {', '.join(sorted(twice))}; each tree is asked once")
     machines = []
     for arch, present in product(architectures, aiter):
         if arch == "native":
@@ -102,9 +105,9 @@ def ablation(trees: list[Tree], arch: str) -> list[Cell]:
 
 def verdict(facts: dict) -> Verdict:
     """Sum up the selection and the steps; decided by outcomes and exceptions, never by a tree's name or version."""
-    selection = facts.get("selection")
-    if selection is None:
+    if why_unanswered(facts):
         return Verdict.UNANSWERED
+    selection = facts["selection"]
     if selection["outcome"] == "error":
         return (
             Verdict.MISSING if _names_aiter(selection) else Verdict.REFUSED if _is_reason(selection) else Verdict.BROKEN
@@ -122,12 +125,29 @@ def verdict(facts: dict) -> Verdict:
     return Verdict.BROKEN
 
 
+def why_unanswered(facts: dict) -> str | None:
+    """Why these facts say nothing about the tree: the probe's own limits must not count as a failure of vLLM."""
+    if "selection" not in facts:
+        return "the probe ended without an answer"
+    if facts.get("platform", {}).get("is_rocm") is False:
+        return "this machine has no ROCm GPU"
+    selection = facts["selection"]
+    for fact in (selection, *(selection.get("drive", {}).get(name, {}) for name in STEPS)):
+        if fact.get("outcome") != "error":
+            continue
+        if fact["raised_in"] == "aiterlab" and fact["type"] == "NotImplementedError":
+            return f"the simulated machine has no stand-in: {fact['message']}"
+        if fact["type"] == "ModuleNotFoundError" and "'aiter" not in fact["message"] and "'vllm" not in fact["message"]:
+            return f"the environment lacks what this tree imports: {fact['message']}"
+    return None
+
+
 def _names_aiter(error: dict) -> bool:
-    return error["type"] == "ModuleNotFoundError" and "'aiter" in error["message"]
+    return error["type"] == "ModuleNotFoundError" and error["message"] == "No module named 'aiter'"
 
 
 def _is_reason(error: dict) -> bool:
-    """vLLM refuses a choice with one of these, raised on purpose by its platform or its selector."""
-    return error["type"] in ("ValueError", "NotImplementedError") or (
-        error["type"] in ("ImportError", "RuntimeError") and "backend" in error["message"].lower()
-    )
+    """vLLM refuses a choice on purpose: its platform or its selector says so, in words about the backend."""
+    at = (error["raised_at"] or {}).get("file", "")
+    on_purpose = error["type"] in ("ValueError", "NotImplementedError") and "backend" in error["message"].lower()
+    return on_purpose and (at.startswith("vllm/platforms/") or at.endswith("/selector.py"))

@@ -25,7 +25,7 @@ BLOCKS = 16  # pages in the cache
 SCALE = models.HEAD_SIZE**-0.5
 # (tokens already cached, new tokens) of each sequence. Lengths straddle page boundaries. Decode comes first, as it
 # does in vLLM, which captures its decode graphs before the first prompt arrives.
-STEPS = {
+BATCHES = {
     "decode": ((16, 1), (40, 1)),
     "prefill": ((0, 5), (0, 19)),
     "extend": ((21, 7), (33, 3)),
@@ -105,10 +105,10 @@ def run(layer, vllm_config, package: Path, dtype: torch.dtype, device: torch.dev
     spec = _cache_spec(layer, vllm_config)
     builder = layer.attn_backend.get_builder_cls()(spec, [layer.layer_name], vllm_config, device)
     answers = {}
-    for seed, (name, lengths) in enumerate(STEPS.items()):
+    for seed, (name, lengths) in enumerate(BATCHES.items()):
         batch = Batch.make(lengths, dtype, seed)
         answers[name] = _attempt(name, package, lambda batch=batch: _step(layer, builder, spec, batch, device))
-    batch = Batch.make(STEPS["extend"], dtype, len(STEPS))
+    batch = Batch.make(BATCHES["extend"], dtype, len(BATCHES))
     name = "gather_then_attend"
     answers[name] = _attempt(name, package, lambda: _gather_then_attend(layer, spec, batch, device))
     return answers
@@ -246,7 +246,7 @@ def _key_and_value(layer, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def _shuffled() -> bool:
     from vllm._aiter_ops import rocm_aiter_ops
 
-    return bool(rocm_aiter_ops.is_shuffle_kv_cache_enabled())
+    return bool(getattr(rocm_aiter_ops, "is_shuffle_kv_cache_enabled", bool)())
 
 
 def _write(layer, cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:

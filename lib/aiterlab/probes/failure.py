@@ -25,5 +25,19 @@ def describe(error: BaseException, package: Path) -> dict:
         "type": type(error).__name__,
         "message": str(error),
         "raised_at": frames[-1] if frames else None,
+        "raised_in": _owner(error, package),
         "frames": frames[-6:],
     }
+
+
+def _owner(error: BaseException, package: Path) -> str:
+    """Whose code raised it: `vllm` for the tree, else the top-level package of the deepest frame that has one."""
+    owner = "vllm"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.startswith(str(package)):
+            owner = "vllm"
+        elif (name := frame.f_globals.get("__name__", "").partition(".")[0]) and not name.startswith(
+            ("importlib", "_")
+        ):
+            owner = name
+    return owner

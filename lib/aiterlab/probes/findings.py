@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from aiterlab.probes import tables
-from aiterlab.probes.cells import STEPS, Verdict
+from aiterlab.probes import comparisons, tables
+from aiterlab.probes.cells import Verdict, verdict
 
 
 def regression(cells: pd.DataFrame) -> str:
@@ -26,26 +26,46 @@ def regression(cells: pd.DataFrame) -> str:
     return "; ".join(parts) + "."
 
 
-def broken_promises(cells: pd.DataFrame) -> str:
-    """Which other cells fail where vLLM neither works, nor chooses something else, nor refuses with a reason."""
-    odd = cells[cells["verdict"].isin([Verdict.BROKEN, Verdict.UNANSWERED])]
-    if odd.empty:
-        return "No other cell failed."
-    reasons = odd[["tree", "arch", "aiter", "switch", "selection"]].agg(" / ".join, axis=1)
-    errors = odd[["selection_error", *[f"{s}_error" for s in STEPS], "no_answer_reason"]].bfill(axis=1).iloc[:, 0]
-    return "Other failures: " + "; ".join(f"{where}: {error}" for where, error in zip(reasons, errors, strict=True))
+def other_failures(failures: list[dict]) -> str:
+    """What else ended in an exception, beside the driven steps: no failed question goes unsaid."""
+    told = [
+        f"{one['tree']}, {one['step']}: {one['type']}: {one['message']}"
+        f" ({one['cells']} cells, raised in {one['raised_in']})"
+        for one in failures
+        if one["step"] not in tables.DRIVEN and not _refusal(one)
+    ]
+    return f"Other questions that ended in an exception: {'; '.join(told)}." if told else "No other question failed."
 
 
-def fix(before: pd.DataFrame, after: pd.DataFrame, upstream: pd.DataFrame, differing: pd.DataFrame) -> str:
+def _refusal(failure: dict) -> bool:
+    return failure["step"] == "selection" and verdict({"selection": failure | {"outcome": "error"}}) == Verdict.REFUSED
+
+
+def noise(path: pd.DataFrame) -> str:
+    """In which trees AITER is imported although its switch is off and nobody asked for it."""
+    noisy = path[(path["switch"] != "1") & (path["AITER imported by"] != "nobody")]
+    if noisy.empty:
+        return "With the switch off, no tree imports AITER unasked."
+    lines = noisy.drop_duplicates(["tree", "at"])
+    return "With the switch off, AITER is imported unasked in " + "; ".join(
+        f"{line['tree']} (by {line['AITER imported by']}, at {line['at']})" for _, line in lines.iterrows()
+    )
+
+
+def fix(before: pd.DataFrame, after: pd.DataFrame, differing: pd.DataFrame) -> str:
     """What the fix changed, and whether it equals upstream's."""
-    changed = tables.differences(before, after, ["verdict"])
+    changed = comparisons.differences(before, after, ["verdict"])
     noisy = after[(after["selection"] == "auto") & (after["switch"] != "1") & after["aiter_imported_by"].notna()]
-    equal = "in every cell" if differing.empty else f"but for {len(differing)} facts"
     return (
         f"The hotfix takes the builtin trap from {len(tables.trapped(before))} to {len(tables.trapped(after))}"
-        f" of {len(after)} cells, changes {len(changed)} verdicts and agrees with upstream's fix {equal};"
+        f" of {len(after)} cells, changes {len(changed)} verdicts and {agreement(differing)};"
         f" with the switch off, auto-selection imports AITER in {len(noisy)} cells."
     )
+
+
+def agreement(differing: pd.DataFrame) -> str:
+    """Whether two trees agree, in words."""
+    return "agrees with upstream's fix in every cell" if differing.empty else f"differs in {len(differing)} facts"
 
 
 def _names(names, last: str = "and") -> str:

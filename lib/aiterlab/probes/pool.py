@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from aiterlab import paths, records
-from aiterlab.probes.cells import Cell, verdict
+from aiterlab.probes.cells import Cell, Verdict, verdict, why_unanswered
 
 TIMEOUT_S, NATIVE_TIMEOUT_S = 240, 3600  # on a real machine AITER compiles its modules, for minutes each
 _SERVER_ENVIRONMENT = {
@@ -33,7 +34,7 @@ _SERVER_ENVIRONMENT = {
 }
 # Triton looks at the first while its own library is imported, so it is set before anything is. The second keeps a real
 # GPU out of a simulated machine.
-_SIMULATION_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+_SIMULATION = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Progress:
@@ -78,7 +79,14 @@ def ask(
     folder = paths.cells_dir()
     context = _context()
     files = [folder / f"{cell.key(context)}.json" for cell in cells]
-    rows: list[dict | None] = [_read(cell, file, reused=True) for cell, file in zip(cells, files, strict=True)]
+    # Another GPU would be another question, and an answer does not know its GPU: native cells are always asked anew.
+    rows: list[dict | None] = [
+        _read(cell, file, reused=True) if cell.machine.simulated else None
+        for cell, file in zip(cells, files, strict=True)
+    ]
+    for i, cell in enumerate(cells):
+        if not cell.machine.simulated and not cell.tree.compiled:
+            rows[i] = _unasked(cell, "this tree has no compiled extensions for this GPU; ask the tree `installed`")
     open_cells = {i: files[i] for i, row in enumerate(rows) if row is None}
     start = time.monotonic()
 
@@ -87,20 +95,23 @@ def ask(
         if progress:
             progress(sum(row is not None for row in rows), len(rows), time.monotonic() - start)
 
-    for native in (False, True):  # a forked process must not have touched a GPU, so the server never does either
-        todo = [i for i in open_cells if cells[i].machine.simulated is not native]
-        if todo:
-            environment = {} if native else _SIMULATION_ENVIRONMENT
-            limit_s = timeout_s or (NATIVE_TIMEOUT_S if native else TIMEOUT_S)
-            preload = _Preload(environment)
-            with _Server(preload.names or preload.scout(cells[todo[0]], limit_s), environment) as server:
-                # A native machine is one GPU: its cells take turns.
-                server.answer({i: (cells[i], open_cells[i]) for i in todo}, 1 if native else workers, limit_s, finish)
-            preload.extend(name for i in todo for name in rows[i]["loaded_modules"])
+    todo = {i: (cells[i], file) for i, file in open_cells.items()}
+    if simulated := {i: asked for i, asked in todo.items() if asked[0].machine.simulated}:
+        limit_s = timeout_s or TIMEOUT_S
+        preload = _Preload()
+        with _Server(preload.names or preload.scout(next(iter(simulated.values()))[0], limit_s), _SIMULATION) as server:
+            server.answer(simulated, workers, limit_s, finish)
+        preload.extend(name for i in simulated for name in rows[i]["loaded_modules"])
+    if native := {i: asked for i, asked in todo.items() if i not in simulated}:
+        # A process that forks must not have touched a GPU, so nothing is preloaded; and one GPU means one at a time.
+        with _Server([], {}) as server:
+            server.answer(native, 1, timeout_s or NATIVE_TIMEOUT_S, finish)
     return rows
 
 
-def _read(cell: Cell, file: Path, *, reused: bool, seconds: float | None = None) -> dict | None:
+def _read(
+    cell: Cell, file: Path, *, reused: bool, seconds: float | None = None, peak_memory_bytes: int | None = None
+) -> dict | None:
     """The row of one cell from its answer's file; None if there is no answer yet."""
     if not file.exists():
         return None
@@ -111,7 +122,8 @@ def _read(cell: Cell, file: Path, *, reused: bool, seconds: float | None = None)
         "reused": reused,
         "seconds": seconds,
         "loaded_modules": facts.pop("loaded_modules", []),
-        "no_answer_reason": None,
+        "peak_memory_bytes": peak_memory_bytes,
+        "no_answer_reason": why_unanswered(facts),
         "aiter_log": _aiter_log(file.with_suffix(".log")),
     }
 
@@ -125,14 +137,24 @@ def _aiter_log(log: Path) -> list[str]:
 def _unanswered(cell: Cell, ending: dict, log: Path) -> dict:
     tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     why = "timed out" if ending["timed_out"] else f"ended with status {ending['exit_status']}"
+    row = _unasked(cell, f"{why}: {tail[-1]}" if tail else why)
+    return row | {
+        "seconds": ending["seconds"],
+        "peak_memory_bytes": ending["peak_memory_bytes"],
+        "aiter_log": _aiter_log(log),
+    }
+
+
+def _unasked(cell: Cell, reason: str) -> dict:
     return cell.coordinates() | {
-        "verdict": str(verdict({})),
+        "verdict": str(Verdict.UNANSWERED),
         "facts": {},
         "reused": False,
-        "seconds": ending["seconds"],
+        "seconds": None,
         "loaded_modules": [],
-        "no_answer_reason": f"{why}: {tail[-1]}" if tail else why,
-        "aiter_log": _aiter_log(log),
+        "peak_memory_bytes": None,
+        "no_answer_reason": reason,
+        "aiter_log": [],
     }
 
 
@@ -150,15 +172,24 @@ class _Server:
             env=os.environ | _SERVER_ENVIRONMENT | environment,
             start_new_session=True,  # Ctrl-C reaches us, and we end it in order
         )
-        self._send({"preload": preload})
-        if self._receive() != {"ready": True}:
-            raise ServerError("the probe server sent no greeting")
+        try:
+            self._send({"preload": preload})
+            if self._receive() != {"ready": True}:
+                raise ServerError("the probe server sent no greeting")
+        except BaseException:  # Ctrl-C while it imports: nobody else would end it
+            self.close()
+            raise
 
     def __enter__(self) -> _Server:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.process.stdin.close()
+        self.close()
+
+    def close(self) -> None:
+        """End the server and, with it, every child."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -182,7 +213,8 @@ class _Server:
             cell, file = todo[index]
             row = None
             if ending["exit_status"] == 0:
-                row = _read(cell, file, reused=False, seconds=ending["seconds"])
+                measured = {"seconds": ending["seconds"], "peak_memory_bytes": ending["peak_memory_bytes"]}
+                row = _read(cell, file, reused=False, **measured)
             finish(index, row or _unanswered(cell, ending, file.with_suffix(".log")))
 
     def _send(self, message: dict) -> None:
@@ -200,16 +232,15 @@ class _Server:
 class _Preload:
     """Names of the modules that a server imports before it forks: what cells were seen to load."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
-        key = hashlib.sha256(f"{_versions()}\n{environment}".encode()).hexdigest()[:16]
+    def __init__(self) -> None:
+        key = hashlib.sha256(_versions().encode()).hexdigest()[:16]
         self.file = paths.cache_dir() / f"preload-{key}.json"
         self.names: list[str] = json.loads(self.file.read_text()) if self.file.exists() else []
 
     def scout(self, cell: Cell, timeout_s: float) -> list[str]:
         """Learn the names from one cell in a process that starts with nothing imported."""
         rows: dict[int, dict] = {}
-        with tempfile.TemporaryDirectory() as folder, _Server([], self.environment) as server:
+        with tempfile.TemporaryDirectory() as folder, _Server([], _SIMULATION) as server:
             server.answer({0: (cell, Path(folder) / "scout.json")}, 1, timeout_s, rows.__setitem__)
         self.extend(rows[0]["loaded_modules"])
         return self.names

@@ -109,8 +109,9 @@ class Probe:
 
         config = self._engine_config()
         device = torch.device("cpu" if self.simulated else "cuda")
-        with set_current_vllm_config(config), self._memory(), device:
-            layer = self._attention_layer(config)
+        with set_current_vllm_config(config), self._memory():
+            with device:  # as vLLM constructs a model; what the probe makes itself says where it lives
+                layer = self._attention_layer(config)
             backend = layer.attn_backend
             chosen = next((e.name for e in type(layer.backend) if _path(e) == _qualified(backend)), backend.__name__)
             answer = {"backend": chosen, "backend_class": _qualified(backend)}
@@ -174,17 +175,15 @@ class Probe:
         return {"allowed_metadata": names, "allows_aiter": names is None or "AiterFlashAttentionMetadata" in names}
 
     def _fa_utils(self) -> dict:
-        """Which names the shared module of the flash-attention backends has, and whether those backends import."""
+        """Which names the shared module of the flash-attention backends has, and which reach FlashAttention's own."""
         import vllm.v1.attention.backends.fa_utils as fa_utils
+        import vllm.v1.attention.backends.flash_attn as flash_attn
 
-        answer = {
+        return {
             "exports": {name: hasattr(fa_utils, name) for name in FA_UTILS_NAMES},
             "varlen_func_available": bool(fa_utils.is_flash_attn_varlen_func_available()),
-            "scheduler_metadata_is_none": None,
+            "flash_attn_has": {name: hasattr(flash_attn, name) for name in FA_UTILS_NAMES},
         }
-        if answer["exports"]["get_scheduler_metadata"]:
-            answer["scheduler_metadata_is_none"] = fa_utils.get_scheduler_metadata() is None
-        return answer
 
 
 def _qualified(cls: type) -> str:

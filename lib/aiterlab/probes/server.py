@@ -123,21 +123,18 @@ def _fork(request: dict) -> int:
 def loadable_modules(before: set[str]) -> list[str]:
     """Names of third-party and standard modules imported since `before`, in import order.
 
-    Left out is what a cell observes, and every module found through a path that such a package added (AITER imports
-    parts of itself as top-level modules).
+    Left out is what a cell observes, and every file in the folders of those packages: AITER also imports parts of
+    itself as top-level modules.
     """
-    site = Path(records.__file__).parent
+    observed = [f"{folder}{os.sep}" for name in OBSERVED for folder in getattr(sys.modules.get(name), "__path__", ())]
     names = []
     for name, module in list(sys.modules.items()):
         spec = getattr(module, "__spec__", None)
         origin = getattr(spec, "origin", None)
-        if name in before or spec is None or spec.name != name or name.partition(".")[0] in OBSERVED or origin is None:
+        if name in before or origin is None or spec.name != name or name.partition(".")[0] in OBSERVED:
             continue
-        if origin in ("built-in", "frozen") or (
-            Path(origin).is_file()
-            and site not in Path(origin).parents
-            and not any(part in OBSERVED for part in Path(origin).parts)
-        ):
+        file_of_others = Path(origin).is_file() and not any(origin.startswith(folder) for folder in observed)
+        if origin in ("built-in", "frozen") or file_of_others:
             names.append(name)
     return names
 

@@ -29,13 +29,13 @@ class Edit:
         path = folder / self.file
         if not path.is_file():
             raise EditError(f"{self.file}: no such file; this edit belongs to another source ({self.why})")
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         if (count := source.count(self.old)) != 1:
             raise EditError(f"{self.file}: expected this text once, found it {count} times ({self.why}):\n{self.old}")
         edited = source.replace(self.old, self.new)
         compile(edited, str(path), "exec")
         path.unlink()
-        path.write_text(edited)
+        path.write_text(edited, encoding="utf-8")
 
 
 # What vllm-project/vllm#32902 ("Remove unconditional aiter import") changed, laid over release 0.15.1, which the

@@ -33,6 +33,7 @@ class Tree:
     source: Path  # the package `vllm` itself
     fingerprint: str  # sha256 over the names and contents of its Python files
     origin: str  # one sentence for the record
+    compiled: bool = False  # has extensions built for a GPU; a source tree has not
     environment: dict[str, str] = field(default_factory=dict)  # what a process on this tree has set
 
 
@@ -114,7 +115,8 @@ def _regressed() -> Path:
 
 def _tree(name: str, package: Path, origin: str) -> Tree:
     fingerprint = _fingerprint(package)
-    return Tree(name, _import_folder(package, fingerprint), package, fingerprint, origin)
+    compiled = any(package.glob("_rocm_C*.so"))
+    return Tree(name, _import_folder(package, fingerprint), package, fingerprint, origin, compiled)
 
 
 def _fingerprint(package: Path) -> str:
@@ -149,7 +151,7 @@ def _import_folder(package: Path, fingerprint: str) -> Path:
 def _version(package: Path) -> str:
     """The version a tree's metadata states; vLLM reads it to recognise CPU builds, so that suffix is left out."""
     path = package / "_version.py"
-    text = path.read_text() if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     match = re.search(
         r"""^(?:__version__ = )?version = ['"]([^'"+]+)|^__version__ = (?:version = )?['"]([^'"+]+)""", text, re.M
     )
