@@ -22,6 +22,8 @@ PROFILES = ("smoke", "standard", "full")
 DEFAULT_PROFILE = "standard"
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
+STANDARD_TREES = ("release:0.15.1", "regressed", "release:0.16.0", "release:0.32.0")
+
 ROWS = (
     Row(
         stem="01_reproduce_regression",
@@ -33,7 +35,7 @@ ROWS = (
                 "architectures": ["gfx942"],
             },
             "standard": {},
-            "full": {"profile": "full"},
+            "full": {"profile": "full", "trees": ["release:0.15.0", *STANDARD_TREES, "release:0.17.0"]},
         },
     ),
     Row(

@@ -30,14 +30,17 @@ def describe(error: BaseException, package: Path) -> dict:
     }
 
 
+# These only pass an import on, or guard one; they raise nothing of their own.
+_IN_BETWEEN = ("importlib", "aiterlab.probes.imports", "aiterlab.importing")
+
+
 def _owner(error: BaseException, package: Path) -> str:
-    """Whose code raised it: `vllm` for the tree, else the top-level package of the deepest frame that has one."""
+    """Whose code raised it: `vllm` for the tree, else the top-level package of the deepest frame."""
     owner = "vllm"
     for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_globals.get("__name__", "importlib")
         if frame.f_code.co_filename.startswith(str(package)):
             owner = "vllm"
-        elif (name := frame.f_globals.get("__name__", "").partition(".")[0]) and not name.startswith(
-            ("importlib", "_")
-        ):
-            owner = name
+        elif not name.startswith((*_IN_BETWEEN, "_frozen_importlib")):
+            owner = name.partition(".")[0]
     return owner

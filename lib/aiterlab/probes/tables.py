@@ -39,7 +39,7 @@ def _flat(row: dict) -> dict:
         **{f"{name}_tolerance": drive.get(name, {}).get("tolerance") for name in STEPS},
         "gather_then_attend": drive.get("gather_then_attend", {}).get("outcome"),
         "eagle_allows_aiter": eagle.get("allows_aiter"),
-        "eagle_allowed_metadata": ", ".join(eagle.get("allowed_metadata") or []) or None,
+        "eagle_allowed_metadata": ", ".join(sorted(eagle.get("allowed_metadata") or [])) or None,
         "eagle_error": _error(eagle),
         "fa_utils_exports": _present(fa_utils.get("exports")),
         "flash_attn_has": _present(fa_utils.get("flash_attn_has")),
