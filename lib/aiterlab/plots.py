@@ -63,18 +63,13 @@ def truth_table(cells: pd.DataFrame, title: str) -> Figure:
                 ax.set_title(tree, fontsize=11, fontweight="bold", color=INK, pad=8)
         axes[row, 0].set_ylabel(SELECTIONS[selection], fontsize=10, color=INK, labelpad=8)
     fig.suptitle(title, fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left")
-    fig.supxlabel("position of the switch VLLM_ROCM_USE_AITER", fontsize=9.5, color=INK)
     seen = [verdict for verdict in VERDICTS if verdict in set(cells["verdict"])]
-    fig.legend(
-        handles=[
-            Patch(facecolor=VERDICTS[v][0], edgecolor="#888888", label=f"{VERDICTS[v][1]}  {VERDICTS[v][2]}")
-            for v in seen
-        ],
-        loc="outside lower left",
-        ncols=min(3, len(seen)),
-        frameon=False,
-        fontsize=9.5,
-    )
+    handles = [
+        Patch(facecolor=colour, edgecolor="#888888", label=f"{sign}  {words}")
+        for colour, sign, words in (VERDICTS[verdict] for verdict in seen)
+    ]
+    handles.append(Patch(facecolor="none", edgecolor="none", label="columns: the switch VLLM_ROCM_USE_AITER"))
+    fig.legend(handles=handles, loc="outside lower left", ncols=min(3, len(handles)), frameon=False, fontsize=9.5)
     return fig
 
 

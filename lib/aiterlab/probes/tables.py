@@ -77,7 +77,8 @@ def _error(fact: dict) -> str | None:
 
 def truth_table(cells: pd.DataFrame) -> pd.DataFrame:
     """The verdicts, one column per selection, AITER and switch; architectures with the same verdicts share a line."""
-    columns = cells[["selection", "aiter", "switch"]].drop_duplicates().sort_values("selection", kind="stable")
+    columns = cells[["selection", "aiter", "switch"]].drop_duplicates()
+    columns = columns.sort_values("selection", key=lambda names: names != "auto", kind="stable")
     verdicts = cells.pivot(index=["tree", "arch"], columns=list(columns), values="verdict")
     verdicts = verdicts[list(columns.itertuples(index=False, name=None))]
     lines = {}
@@ -86,7 +87,7 @@ def truth_table(cells: pd.DataFrame) -> pd.DataFrame:
     index = pd.MultiIndex.from_tuples(
         [(tree, ", ".join(archs)) for (tree, _), archs in lines.items()], names=["tree", "GPU"]
     )
-    names = columns.assign(aiter="AITER " + columns["aiter"], switch="switch " + columns["switch"])
+    names = columns.assign(aiter="AITER " + columns["aiter"])
     return pd.DataFrame([line for _, line in lines], index=index, columns=pd.MultiIndex.from_frame(names))
 
 
