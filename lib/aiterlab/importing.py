@@ -51,7 +51,10 @@ _after_import = _AfterImport()
 
 
 def after_import(name: str, callback: Callable[[ModuleType], None]) -> None:
-    """Call `callback(module)` as soon as the module `name` has been executed; at once if that has happened already."""
+    """Call `callback(module)` as soon as the module `name` has been executed; at once if that has happened already.
+
+    A module that is being executed at this moment is out of reach: its callback waits for an import that never comes.
+    """
     if (module := sys.modules.get(name)) is not None and not getattr(module.__spec__, "_initializing", False):
         callback(module)
         return

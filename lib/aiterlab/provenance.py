@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from aiterlab.paths import project_root
+from aiterlab.paths import RUN_DIR_VARIABLE, STARTED_IN_VARIABLE, project_root
 
 PACKAGES = (
     "aiterlab",
@@ -94,7 +94,7 @@ def collect() -> dict[str, Any]:
     facts["environment"] = {
         name: MASK if is_secret_name(name) else value
         for name, value in sorted(os.environ.items())
-        if name.startswith(ENVIRONMENT_PREFIXES)
+        if name.startswith(ENVIRONMENT_PREFIXES) and name not in (RUN_DIR_VARIABLE, STARTED_IN_VARIABLE)
     }
     facts["missing"] = missing
     return scrub_tree(facts)

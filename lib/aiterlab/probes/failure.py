@@ -41,6 +41,8 @@ def _owner(error: BaseException, package: Path) -> str:
         name = frame.f_globals.get("__name__", "importlib")
         if frame.f_code.co_filename.startswith(str(package)):
             owner = "vllm"
+        elif "/aiter/" in frame.f_code.co_filename:
+            owner = "aiter"  # it imports some of its files as top-level modules
         elif not name.startswith((*_IN_BETWEEN, "_frozen_importlib")):
             owner = name.partition(".")[0]
     return owner

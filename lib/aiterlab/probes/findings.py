@@ -46,10 +46,12 @@ def noise(path: pd.DataFrame) -> str:
     noisy = path[(path["switch"] != "1") & (path["AITER imported by"] != "nobody")]
     if noisy.empty:
         return "With the switch off, no tree imports AITER unasked."
-    lines = noisy.drop_duplicates(["tree", "at"])
-    return "With the switch off, AITER is imported unasked in " + "; ".join(
-        f"{line['tree']} (by {line['AITER imported by']}, at {line['at']})" for _, line in lines.iterrows()
+    lines = noisy.drop_duplicates(["tree", "at", "GPU"])
+    told = "; ".join(
+        f"{line['tree']} on {line['GPU']} (by {line['AITER imported by']}, at {line['at']})"
+        for _, line in lines.iterrows()
     )
+    return f"With the switch off, AITER is imported unasked in {told}."
 
 
 def fix(before: pd.DataFrame, after: pd.DataFrame, differing: pd.DataFrame) -> str:

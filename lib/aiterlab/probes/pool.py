@@ -87,15 +87,17 @@ def ask(
     for i, cell in enumerate(cells):
         if not cell.machine.simulated and not cell.tree.compiled:
             rows[i] = _unasked(cell, "this tree has no compiled extensions for this GPU; ask the tree `installed`")
-    open_cells = {i: files[i] for i, row in enumerate(rows) if row is None}
     start = time.monotonic()
 
     def finish(index: int, row: dict) -> None:
-        rows[index] = row
+        for i, file in enumerate(files):
+            if file == files[index]:  # a question that was put twice is asked once
+                rows[i] = row
         if progress:
             progress(sum(row is not None for row in rows), len(rows), time.monotonic() - start)
 
-    todo = {i: (cells[i], file) for i, file in open_cells.items()}
+    todo = {i: (cell, file) for i, (cell, file, row) in enumerate(zip(cells, files, rows, strict=True)) if row is None}
+    todo = {i: asked for i, asked in todo.items() if files.index(asked[1]) == i}
     if simulated := {i: asked for i, asked in todo.items() if asked[0].machine.simulated}:
         limit_s = timeout_s or TIMEOUT_S
         preload = _Preload()
@@ -218,15 +220,21 @@ class _Server:
             finish(index, row or _unanswered(cell, ending, file.with_suffix(".log")))
 
     def _send(self, message: dict) -> None:
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
 
     def _receive(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            self.errors.seek(0)
-            raise ServerError(f"the probe server ended (status {self.process.wait()}): {self.errors.read()[-2000:]}")
+            raise self._ended()
         return json.loads(line)
+
+    def _ended(self) -> ServerError:
+        self.errors.seek(0)
+        return ServerError(f"the probe server ended (status {self.process.wait()}): {self.errors.read()[-2000:]}")
 
 
 class _Preload:

@@ -42,7 +42,7 @@ class Probe:
             facts[name] = self._ask(name, question)
         facts["aiter_imports"] = self.imports.entries
         facts["jit_modules"] = ledger.jit_modules
-        facts["stand_ins"] = ledger.stand_ins
+        facts["stand_ins"] = sorted(ledger.stand_ins)
         return facts
 
     def _ask(self, name: str, question: Callable[[], dict]) -> dict:

@@ -99,6 +99,8 @@ def _fork(request: dict) -> int:
     """Start the child of one request; it answers into a file and never returns here."""
     pid = os.fork()
     if pid:
+        with contextlib.suppress(OSError):  # both sides make the group, so that neither has to wait for the other
+            os.setpgid(pid, pid)
         return pid
     status = 1
     try:

@@ -175,23 +175,22 @@ def other_faults(cells: pd.DataFrame) -> pd.DataFrame:
 
 def auto_path(rows: list[dict]) -> pd.DataFrame:
     """Per tree and switch, with AITER installed and nobody asking for it: who imports it, and what that sets off."""
-    lines = []
+    alike: dict[tuple, list[str]] = {}
     for row in rows:
-        if row["selection"] != "auto" or row["aiter"] == "absent" or row["arch"] != rows[0]["arch"]:
+        if row["selection"] != "auto" or row["aiter"] == "absent":
             continue
         entries = [e for e in row["facts"].get("aiter_imports", []) if e["step"] not in DRIVEN]
         compiled = [e["module"] for e in row["facts"].get("jit_modules", []) if e["step"] not in DRIVEN]
-        lines.append(
-            {
-                "tree": row["tree"],
-                "switch": row["switch"],
-                "AITER imported by": ", ".join(dict.fromkeys(e["importer"] for e in entries)) or "nobody",
-                "at": ", ".join(f"{e['file']}:{e['line']}" for e in entries) or "–",
-                "while asking for": ", ".join(dict.fromkeys(e["step"] for e in entries)) or "–",
-                "the import would compile": ", ".join(compiled) or "nothing",
-            }
-        )
-    return pd.DataFrame(lines)
+        line = {
+            "tree": row["tree"],
+            "switch": row["switch"],
+            "AITER imported by": ", ".join(dict.fromkeys(e["importer"] for e in entries)) or "nobody",
+            "at": ", ".join(f"{e['file']}:{e['line']}" for e in entries) or "–",
+            "while asking for": ", ".join(dict.fromkeys(e["step"] for e in entries)) or "–",
+            "the import would compile": ", ".join(compiled) or "nothing",
+        }
+        alike.setdefault(tuple(line.items()), []).append(row["arch"])
+    return pd.DataFrame([dict(line) | {"GPU": ", ".join(archs)} for line, archs in alike.items()])
 
 
 def failures(rows: list[dict]) -> list[dict]:

@@ -24,7 +24,7 @@ class Edit:
         """Edit the file below `folder` in place (as a new file, so hard links stay untouched).
 
         Raises:
-            EditError: the file is missing, or does not hold `old` exactly once.
+            EditError: the file is missing, does not hold `old` exactly once, or is no longer Python afterwards.
         """
         path = folder / self.file
         if not path.is_file():
@@ -33,7 +33,10 @@ class Edit:
         if (count := source.count(self.old)) != 1:
             raise EditError(f"{self.file}: expected this text once, found it {count} times ({self.why}):\n{self.old}")
         edited = source.replace(self.old, self.new)
-        compile(edited, str(path), "exec")
+        try:
+            compile(edited, str(path), "exec")
+        except SyntaxError as error:
+            raise EditError(f"{self.file}: no longer Python after this edit ({self.why}): {error}") from error
         path.unlink()
         path.write_text(edited, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -103,13 +104,14 @@ def _regressed() -> Path:
     if not folder.exists():
         temporary = _store() / f".regressed-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(release, temporary)
-        for edit in REGRESSION:
-            edit.apply(temporary)
         try:
-            temporary.rename(folder)
-        except OSError:  # another process was quicker; its result is the same
-            shutil.rmtree(temporary)
+            shutil.copytree(release, temporary)
+            for edit in REGRESSION:
+                edit.apply(temporary)
+            with contextlib.suppress(OSError):  # another process was quicker; its result is the same
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
