@@ -50,7 +50,8 @@ def against_policy(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells of simulated machines in which a tree's selection differs from what `policy.py` selects."""
     known = cells[cells["simulated"]]
     differs = known[[not _agrees(cell)["selection"] for _, cell in known.iterrows()]]
-    return differs[[*COORDINATES, "verdict", "available", "backend"]].reset_index(drop=True)
+    shared = [*(name for name in COORDINATES if name != "arch"), "verdict", "available", "backend"]
+    return differs.groupby(shared, sort=False)["arch"].agg(", ".join).rename("GPU").reset_index()
 
 
 def _agrees(cell: pd.Series) -> dict[str, bool]:

@@ -190,7 +190,8 @@ def auto_path(rows: list[dict]) -> pd.DataFrame:
             "the import would compile": ", ".join(compiled) or "nothing",
         }
         alike.setdefault(tuple(line.items()), []).append(row["arch"])
-    return pd.DataFrame([dict(line) | {"GPU": ", ".join(archs)} for line, archs in alike.items()])
+    lines = pd.DataFrame([dict(line) | {"GPU": ", ".join(archs)} for line, archs in alike.items()])
+    return lines[["tree", "GPU", *(name for name in lines.columns if name not in ("tree", "GPU"))]]
 
 
 def failures(rows: list[dict]) -> list[dict]:
