@@ -49,9 +49,11 @@ def agreement_with_policy(cells: pd.DataFrame) -> pd.DataFrame:
 def against_policy(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells of simulated machines in which a tree's selection differs from what `policy.py` selects."""
     known = cells[cells["simulated"]]
-    differs = known[[not _agrees(cell)["selection"] for _, cell in known.iterrows()]]
+    differs = known[
+        pd.Series([not _agrees(cell)["selection"] for _, cell in known.iterrows()], known.index, dtype=bool)
+    ]
     shared = [*(name for name in COORDINATES if name != "arch"), "verdict", "available", "backend"]
-    return differs.groupby(shared, sort=False)["arch"].agg(", ".join).rename("GPU").reset_index()
+    return differs.groupby(shared, sort=False, dropna=False)["arch"].agg(", ".join).rename("GPU").reset_index()
 
 
 def _agrees(cell: pd.Series) -> dict[str, bool]:

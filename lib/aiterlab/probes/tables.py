@@ -190,8 +190,9 @@ def auto_path(rows: list[dict]) -> pd.DataFrame:
             "the import would compile": ", ".join(compiled) or "nothing",
         }
         alike.setdefault(tuple(line.items()), []).append(row["arch"])
-    lines = pd.DataFrame([dict(line) | {"GPU": ", ".join(archs)} for line, archs in alike.items()])
-    return lines[["tree", "GPU", *(name for name in lines.columns if name not in ("tree", "GPU"))]]
+    lines = [dict(line) | {"GPU": ", ".join(archs)} for line, archs in alike.items()]
+    columns = ["tree", "GPU", "switch", "AITER imported by", "at", "while asking for", "the import would compile"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def failures(rows: list[dict]) -> list[dict]:
