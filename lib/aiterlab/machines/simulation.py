@@ -12,8 +12,11 @@ from aiterlab.machines.description import ARCHITECTURES, ENVIRONMENT_VARIABLE, M
 _installed: Machine | None = None
 
 
-def install(machine: Machine) -> None:
+def install(machine: Machine, interpret: bool = True) -> None:
     """Simulate `machine` in this process.
+
+    Args:
+        interpret: run Triton kernels in Triton's interpreter; False: they can be compiled for the machine, not run.
 
     Raises:
         RuntimeError: another machine has been installed in this process already. A process has one machine, because
@@ -25,8 +28,8 @@ def install(machine: Machine) -> None:
             raise RuntimeError(f"this process already runs on {_installed.to_json()}")
         return
     _installed = machine
-    # There is no GPU to compile for: every Triton kernel runs in Triton's interpreter.
-    os.environ["TRITON_INTERPRET"] = "1"
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # there is no GPU that could run a compiled kernel
     driver.install(ARCHITECTURES[machine.arch])
     extensions.install(flash_attn=machine.flash_attn)
     if machine.aiter:
