@@ -3,20 +3,14 @@
 """Run the notebooks and render what they found: the list of runs, and the command line."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from aiterlab import paths
-from aiterlab.suite import runs, status
+from aiterlab.suite import console, environment, runs, status
 from aiterlab.suite.parameters import ParameterError
-from aiterlab.suite.report import REPORT_NAME
-from aiterlab.suite.runs import Plan, Row
+from aiterlab.suite.runs import Row
 
 PROFILES = ("smoke", "standard", "full")
 DEFAULT_PROFILE = "standard"
@@ -51,6 +45,23 @@ ROWS = (
             "full": {"profile": "full"},
         },
     ),
+    Row(
+        stem="04_run_attention_kernels",
+        minutes=2,
+        needs="any CPU, 4 GB memory; full: a GPU, 40 GB of its memory",
+        profiles={
+            "smoke": {
+                "profile": "smoke",
+                "cases": ["decode_2x64", "verify_q4_2x64", "extend_q16_1x48", "prefill_2x32", "gather_2x64"],
+                "checks": "tiny",
+                "rounds": 1,
+                "architectures": ["gfx942"],
+                "compiled": ["verify_q4_1x32k"],
+            },
+            "standard": {},
+            "full": {"profile": "full", "rounds": 50, "architectures": ["gfx942", "gfx950", "gfx90a", "gfx1100"]},
+        },
+    ),
 )
 
 EPILOG = """\
@@ -59,6 +70,7 @@ examples:
   python run_all.py --profile smoke                  the same checks on smaller questions, in minutes
   python run_all.py --list                           what there is, and every parameter with its default
   python run_all.py --only 02_apply_fix
+  python run_all.py --environment cuda --profile full --only 04_run_attention_kernels
   python run_all.py --only 01_reproduce_regression \\
       --set '01_reproduce_regression.trees=["regressed", "path:/src/vllm"]' \\
       --set 01_reproduce_regression.workers=4
@@ -69,7 +81,8 @@ results/latest leads to the newest run.
 exit codes:
   0    every notebook ran to its end
   1    a notebook failed, ran out of time, or lost its kernel; the others were run all the same
-  2    bad input: an unknown notebook, profile or parameter, or a value of the wrong type; nothing was started
+  2    bad input: an unknown notebook, profile or parameter, a value of the wrong type, another environment than asked
+       for; nothing was started
   130  interrupted (Ctrl-C or SIGTERM); what had been found by then is written
 """
 
@@ -79,11 +92,13 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] = ROWS, notebook
     options = _parser().parse_args(argv)
     only = [stem.strip() for names in options.only for stem in names.split(",") if stem.strip()]
     try:
+        if options.environment:
+            environment.require(options.environment)
         plans = runs.plan_runs(
             rows, notebooks or paths.notebooks_dir(), profile=options.profile, only=only, settings=options.set
         )
         if options.list:
-            _print_list(plans)
+            console.print_list(plans)
             return EXIT_OK
         run_dir = runs.new_run_dir(options.results or paths.results_dir(), options.profile)
         runs.point_latest(run_dir)
@@ -96,7 +111,7 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] = ROWS, notebook
             outcomes.append(outcome)
     except KeyboardInterrupt:
         pass  # between two notebooks, or a second Ctrl-C: fewer outcomes than plans
-    _print_table(plans, outcomes, run_dir)
+    console.print_table(plans, outcomes, run_dir)
     if len(outcomes) < len(plans) or outcomes[-1].status == status.INTERRUPTED:
         return EXIT_INTERRUPTED
     return EXIT_OK if all(outcome.ok for outcome in outcomes) else EXIT_FAILED
@@ -123,30 +138,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="set a parameter; the value is JSON, or a bare string where the parameter is a str; repeatable",
     )
+    parser.add_argument(
+        "--environment",
+        metavar="STACK",
+        help="refuse to run unless this is the stack: cpu, cuda or rocm (default: any)",
+    )
     parser.add_argument("--list", action="store_true", help="list notebooks and parameters, and run nothing")
     parser.add_argument("--results", metavar="DIR", type=Path, help="where to put the run (default: results/)")
     return parser
-
-
-def _print_list(plans: Sequence[Plan]) -> None:
-    for plan in plans:
-        print(f"{plan.row.stem}: {plan.title}\n  about {plan.row.minutes:g} min; needs {plan.row.needs}")
-        for name, parameter in plan.parameters.items():
-            print(f"    {name}: {parameter.annotation} = {plan.values[name]!r}  # {parameter.help}")
-
-
-def _print_table(plans: Sequence[Plan], outcomes: Sequence[status.NotebookStatus], run_dir: Path) -> None:
-    table = Table("notebook", "status", "seconds", "finding, or first line of the error; report", box=box.SIMPLE)
-    for outcome in outcomes:
-        said = (outcome.finding if outcome.ok else outcome.reason) or "-"
-        report = os.path.relpath(run_dir / outcome.stem / REPORT_NAME)
-        table.add_row(outcome.stem, outcome.status, f"{outcome.seconds:.1f}", f"{said}\n{report}")
-    for plan in plans[len(outcomes) :]:
-        table.add_row(plan.row.stem, status.CELL_NOT_RUN, "-", "-")
-    console = Console(markup=False, highlight=False)
-    # A file or a pipe has no width; paths must stay whole there.
-    console.width = console.width if console.is_terminal else 200
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -4,31 +4,71 @@
 import re
 from pathlib import Path
 
+import pandas as pd
+import pytest
+
 from aiterlab import records
+from aiterlab.attention import tables
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"<!-- numbers: begin\..*?-->\n(.*?)<!-- numbers: end -->", re.S)
+REFERENCE = ROOT / "results" / "reference"
+RECORDS = sorted(REFERENCE.rglob("record.json"))  # of the simulated machine NOTEBOOK/, of a GPU MACHINE/NOTEBOOK/
+KERNELS = "04_run_attention_kernels"
+LARGEST_BYTES = {KERNELS: 2_000_000}  # it carries every sample
+
+
+def block(name: str) -> str:
+    """The text of one block of README.md that is filled by this file."""
+    (found,) = re.findall(
+        rf"<!-- {name}: begin\..*?-->\n(.*?)<!-- {name}: end -->", (ROOT / "README.md").read_text(), re.S
+    )
+    return found
+
+
+def made(record: dict) -> str:
+    """Commit and day of a record."""
+    return f"commit {record['provenance']['git_commit'][:7]}, {record['provenance']['utc'][:10]}"
 
 
 def numbers() -> str:
     """Render the block from results/reference/: one line per notebook, with the record's own finding."""
     lines = ["| notebook | cells | finding | from |", "|---|---|---|---|"]
-    for path in sorted((ROOT / "results" / "reference").glob("*/record.json")):
+    for path in sorted(REFERENCE.glob("*/record.json")):
         record = records.load_record(path)
-        made = f"commit {record['provenance']['git_commit'][:7]}, {record['provenance']['utc'][:10]}, simulated machine"
-        lines.append(f"| `{record['stem']}` | {record['cells_total']} | {record['finding']} | {made} |")
+        source = f"{made(record)}, simulated machine"
+        lines.append(f"| `{record['stem']}` | {record['cells_total']} | {record['finding']} | {source} |")
     return "\n".join(lines) + "\n"
 
 
+def kernels() -> str:
+    """Render the kernels' block: for each GPU with a reference record its finding, and what each case reached."""
+    parts = []
+    for path in sorted(REFERENCE.glob(f"*/{KERNELS}/record.json")):
+        record = records.load_record(path)
+        report = path.parent.relative_to(ROOT).as_posix()
+        device = f"{record['card']['device_name']}, {record['timed_dtype']}"
+        parts.append(f"**{device}** ({made(record)}; [{report}]({report})): {record['finding']} {record['bar']}.\n")
+        table = tables.comparison(pd.DataFrame(record["ratios"]))
+        lines = [[*table.columns], ["---"] * len(table.columns), *table.values.tolist()]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    return "\n".join(parts) or "No GPU has been measured yet.\n"
+
+
 def test_numbers_in_readme_are_those_of_the_reference_records():
-    (written,) = BLOCK.findall((ROOT / "README.md").read_text())
-    assert written == numbers(), f"replace the block by:\n{numbers()}"
+    assert block("numbers") == numbers(), f"replace the block by:\n{numbers()}"
 
 
-def test_reference_records_are_from_clean_commits():
-    paths = list((ROOT / "results" / "reference").glob("*/record.json"))
-    assert len(paths) == 2
-    for path in paths:
-        provenance = records.load_record(path)["provenance"]
-        assert provenance["git_dirty"] is False
-        assert path.stat().st_size < 400_000
+def test_kernels_in_readme_are_those_of_the_reference_records():
+    assert block("kernels") == kernels(), f"replace the block by:\n{kernels()}"
+
+
+def test_there_are_records_of_the_notebooks_on_the_simulated_machine():
+    assert {path.parent.name for path in REFERENCE.glob("*/record.json")} == {"01_reproduce_regression", "02_apply_fix"}
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.relative_to(REFERENCE).as_posix())
+def test_reference_records_are_from_clean_commits(path):
+    record = records.load_record(path)
+    assert record["provenance"]["git_dirty"] is False
+    assert record["stem"] == path.parent.name
+    assert path.stat().st_size < LARGEST_BYTES.get(path.parent.name, 400_000)

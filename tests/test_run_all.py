@@ -102,6 +102,42 @@ def test_bad_input_is_one_line_before_anything_starts(bench, monkeypatch, argv, 
     assert not bench.results.exists()
 
 
+def torch_as(monkeypatch, *, hip=None, cuda=None, gpu=False):
+    """Make torch say that it is another build, or that there is another machine around it."""
+    import torch
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+BUILDS = {"cpu": {}, "cuda": {"cuda": "13.0", "gpu": True}, "rocm": {"hip": "7.0", "gpu": True}}
+
+
+@pytest.mark.parametrize("asked", ["cpu", "cuda", "rocm"])
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_run_is_refused_in_another_environment_than_asked_for(bench, monkeypatch, asked, build):
+    bench.add("01_a", SHOW)
+    torch_as(monkeypatch, **BUILDS[build])
+    code, out, err = bench.run(rows_of("01_a"), "--environment", asked, "--list")
+    if asked == build:
+        assert (code, err) == (0, "")
+    else:
+        assert code == run_all.EXIT_BAD_INPUT == 2 and out == "" and len(err.splitlines()) == 1
+        assert f"--environment {asked}" in err
+    assert not bench.results.exists()
+
+
+def test_the_reason_against_an_environment_says_what_is_missing(bench, monkeypatch):
+    bench.add("01_a", SHOW)
+    torch_as(monkeypatch, cuda="13.0")
+    assert "finds no GPU; see environments/cuda" in bench.run(rows_of("01_a"), "--environment", "cuda")[2]
+    assert "is built for cuda; see environments/rocm" in bench.run(rows_of("01_a"), "--environment", "rocm")[2]
+    # PyPI's CUDA build without a GPU is the cpu stack
+    assert bench.run(rows_of("01_a"), "--environment", "cpu", "--list")[0] == 0
+    assert "unknown environment 'gpu'; did you mean 'cpu'?" in bench.run(rows_of("01_a"), "--environment", "gpu")[2]
+
+
 def test_a_profile_is_checked_like_the_command_line(bench):
     bench.add("01_a", SHOW)
     code, _, err = bench.run(rows_of("01_a", standard={"workers": "many"}))

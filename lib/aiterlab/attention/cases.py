@@ -73,7 +73,7 @@ def sweep(place: Place, size: str) -> tuple[Workload, ...]:
     """The workloads among which every pair of settings occurs.
 
     Args:
-        size: auto: what the place can bear, small in Triton's interpreter and large on a GPU; tiny: every fourth of
+        size: auto: what the place can bear, small in Triton's interpreter and large on a GPU; tiny: every sixth of
             the small ones; none: no workload
 
     Raises:
@@ -84,7 +84,7 @@ def sweep(place: Place, size: str) -> tuple[Workload, ...]:
     if size == "none":
         return ()
     if size == "tiny":
-        return workloads.sweep("small")[::4]
+        return workloads.sweep("small")[::6]
     return workloads.sweep(("small" if place.interpreted else "large") if size == "auto" else size)
 
 

@@ -43,13 +43,15 @@ def ceiling(rated: pd.DataFrame, place: Place) -> str:
     mine = rated[(rated["provider"] == "suite") & rated["share_of_ceiling"].notna()]
     if mine.empty:
         return "No rate was measured beside a ceiling"
+    if place.interpreted:
+        most = rated["share_of_ceiling"].max()
+        return f"Up to {most:.0e} of the ceilings: Triton's interpreter is the limit here, and no kernel"
     told = []
     for unit, words in (("TB/s", "of copy bandwidth"), ("TFLOP/s", "of the matrix product's rate")):
         best = mine[mine["unit"] == unit].groupby("workload")["share_of_ceiling"].max()
         if len(best):
             told.append(f"{best.min():.2g} to {best.max():.2g} {words}")
-    reached = f"The suite's fastest routes reach {' and '.join(told)}"
-    return f"{reached}: the interpreter is the limit" if place.interpreted else reached
+    return f"The suite's fastest routes reach {' and '.join(told)}"
 
 
 def bar(goals: pd.DataFrame) -> str:
@@ -63,13 +65,14 @@ def bar(goals: pd.DataFrame) -> str:
     return text + (f"; missed: {'; '.join(told)}" if told else "")
 
 
-def two_step(table: pd.DataFrame) -> str:
+def two_step(table: pd.DataFrame, place: Place) -> str:
     """What gathering first costs."""
     if table.empty:
         return "Gather-then-attend was not timed beside a fused kernel"
     slower = (table["ratio"] > 1).sum()
     span = f"{table['ratio'].min():.2g} to {table['ratio'].max():.2g}"
-    return f"Gathering first takes {span} times as long as attending from the pages ({slower} of {len(table)} slower)"
+    told = f"athering first takes {span} times as long as attending from the pages ({slower} of {len(table)} slower)"
+    return f"In Triton's interpreter g{told}" if place.interpreted else f"G{told}"
 
 
 def code(isa: pd.DataFrame) -> str:

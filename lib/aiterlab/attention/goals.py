@@ -73,16 +73,12 @@ def _number(goal: Goal, ratios: pd.DataFrame, two_step: pd.DataFrame) -> tuple[f
     return (float(numbers.min()), None) if len(numbers) else (None, reason)
 
 
-def judged(bar: pd.DataFrame) -> pd.DataFrame:
-    """The goals that this run could judge."""
-    return bar[bar["met"].notna()].drop(columns="reason")
-
-
-def open_goals(bar: pd.DataFrame) -> pd.DataFrame:
-    """The other goals, by the reason why this run could not."""
-    rest = bar[bar["met"].isna()]
-    return (
-        rest.groupby("reason", sort=False)["workload"]
-        .agg(goals="count", cases=lambda names: ", ".join(names.unique()))
-        .reset_index()
-    )
+def shown(bar: pd.DataFrame) -> pd.DataFrame:
+    """The goals that this run could judge, then one row for each reason why it could not judge the others."""
+    judged, rest = bar[bar["met"].notna()], bar[bar["met"].isna()]
+    counts = rest.groupby("reason", sort=False)["workload"].agg(goals="count", cases=lambda names: names.nunique())
+    rows = [
+        {"workload": f"{row.cases} cases", "quantity": f"{row.goals} goals", "reason": row.Index}
+        for row in counts.itertuples()
+    ]
+    return pd.concat([judged.astype(object), pd.DataFrame(rows, columns=bar.columns, dtype=object)], ignore_index=True)

@@ -124,6 +124,13 @@ def _paged_kernel(
             HEAD_SIZE, BLOCK_D, PAGE, X, TILE, LEFT, RIGHT, SOFTCAP, ALIBI,
             ENCODING, K_SCALES, V_SCALES, SHUFFLED, VALUE_DTYPE,
         )  # fmt: skip
+    if BLOCK_M >= 256:
+        # So many rows leave no register over: what they are is looked up again, not kept through the loop above.
+        start = tl.load(cu_seqlens_q + sequence)
+        queries = tl.load(cu_seqlens_q + sequence + 1) - start
+        length = tl.load(seqused_k + sequence)
+        position, head, row, is_row = rows(first, queries, length, start, kv_head, GROUP, BLOCK_M, BLOCK_Q)
+        is_element = is_row[:, None] & (dim < HEAD_SIZE)[None, :]
     for tile in tl.range(full, high, TILE):
         acc, running_max, running_sum, page = _tile(
             tile, first_key, high, True, query, acc, running_max, running_sum, page,
@@ -271,7 +278,7 @@ def attend(
         return (out, lse) if return_lse else out
     arguments.refuse_interpreted_bfloat16(q)
     config = tuning.paged(
-        q.device, rows=max_seqlen_q * group, group=group, head_size=head_size, page=sizes.page,
+        rows=max_seqlen_q * group, pairs=sequences * sizes.kv_heads, group=group, head_size=head_size,
         kv_bytes=k_cache.element_size(),
     )  # fmt: skip
     block_q = config.block_m // group

@@ -149,18 +149,18 @@ def _against(name: str, other: _Times | None, suite: _Times | None) -> dict:
 def comparison(ratios: pd.DataFrame) -> pd.DataFrame:
     """`ratios` as people read it: one line per case, spreads behind the ratios, a dash where somebody did not run."""
     shown = readable(ratios)
-    rate = shown["rate"] + " " + shown["unit"]
     return pd.DataFrame(
         {
             "case": shown["workload"],
             "K and V": shown["k_and_v"],
-            "suite": shown["suite"] + ", " + shown["suite_us"] + " µs",
-            "rate": rate,
-            "of the ceiling": shown["share_of_ceiling"],
+            "suite": shown["suite"],
+            "µs": shown["suite_us"],
+            "rate": shown["rate"] + " " + shown["unit"],
+            "of ceiling": shown["share_of_ceiling"],
             "FA3, µs": shown["fa3_us"],
-            "times as fast as FA3": shown["over_fa3"],
+            "× FA3": shown["over_fa3"],
             "vLLM Triton, µs": shown["vllm_triton_us"],
-            "times as fast as vLLM Triton": shown["over_vllm_triton"],
+            "× vLLM Triton": shown["over_vllm_triton"],
         }
     )
 
@@ -200,29 +200,30 @@ def _text(value) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-_KERNEL = {
-    "arch": "GPU",
-    "workload": "case",
-    "provider": "provider",
-    "kernel": "kernel",
-    "vgprs": "VGPRs",
-    "agprs": "of them AGPRs",
-    "sgprs": "SGPRs",
-    "scratch_bytes": "scratch bytes",
-    "lds_bytes": "LDS bytes",
-    "waves_per_simd": "waves per SIMD",
-    "limited_by": "limited by",
-    "matrix_instructions": "matrix instructions in the loop",
-    "load_128bit_share": "bytes in 128 bit loads",
-}
-
-
 def kernels(isa: pd.DataFrame) -> pd.DataFrame:
-    """What the compiled kernels need, the part of `isa.table` that decides; the record has all of it."""
-    rows = isa[isa["reason"].isna()]
-    shown = rows[list(_KERNEL)].rename(columns=_KERNEL)
-    shown.insert(7, "spills", rows["vgpr_spills"] + rows["sgpr_spills"])
-    return readable(shown)
+    """What compiled kernels need, the part that decides; where one could not be compiled, why. The record has all."""
+    text = readable(isa)
+    instructions = text["matrix_instructions"].str.replace(r"v_(?:mfma|wmma)_f32_", "", regex=True)
+    return pd.DataFrame(
+        {
+            "GPU": text["arch"],
+            "case": text["workload"],
+            "provider": text["provider"],
+            "kernel": text["kernel"].where(isa["reason"].isna(), text["reason"]),
+            "VGPRs": text["vgprs"],
+            "SGPRs": text["sgprs"],
+            "spills": _dashed(isa["vgpr_spills"] + isa["sgpr_spills"]),
+            "scratch, B": text["scratch_bytes"],
+            "LDS, B": text["lds_bytes"],
+            "waves per SIMD": text["waves_per_simd"] + ", " + text["limited_by"],
+            "matrix instructions": instructions,
+            "128 bit loads": text["load_128bit_share"],
+        }
+    )
+
+
+def _dashed(numbers: pd.Series) -> list[str]:
+    return [_text(number) for number in numbers]
 
 
 def bounds(isa: pd.DataFrame) -> pd.DataFrame:

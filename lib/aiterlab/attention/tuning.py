@@ -2,9 +2,10 @@
 """Which tile sizes the kernels use where: looked up in a table per architecture, never tried out at run time.
 
 A table is read from the top, and the first entry that is large enough holds: `rows` are query rows of one sequence and
-one key head (query tokens x group), `head` is the head size, `bytes` the size of a cached number. The NVIDIA entries
-were measured on an H200, the AMD entries come from the code that they compile to (`attention.isa`): registers, spills,
-LDS.
+one key head (query tokens x group), `pairs` are sequences x key heads, `head` is the head size, `keys` the longest
+sequence, `bytes` the size of a cached number. The page size decides nothing: any tile walks pages of any size.
+The NVIDIA entries were measured on an H200, the AMD entries come from the code that they compile to (`attention.isa`):
+registers, spills, LDS.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Entry:
 
     config: Config
     rows: float = float("inf")
+    pairs: float = float("inf")
     head: int = 256
     bytes: int = 4
     keys: float = float("inf")
@@ -55,7 +57,9 @@ _SM_90 = (
     Entry(_config(32, 32, 1, 3, resident=8), rows=32, head=128, bytes=1),
     # Decode and verify of up to 4 tokens with groups of 4: mma.sync on 16 rows; about 3 programs fill the memory.
     Entry(_config(16, 32, 1, 3, resident=3), rows=16, head=128, bytes=2),
-    # wgmma has 64 rows; half of them empty is still faster than mma.sync on 32.
+    # wgmma has 64 rows; half of them empty is still faster than mma.sync on 32. Where the keys are split, smaller tiles
+    # leave room for three programs.
+    Entry(_config(64, 32, 4, 3, resident=3), rows=64, pairs=256, head=128, bytes=2),
     Entry(_config(64, 64, 4, 3, resident=2), rows=64, head=128, bytes=2),
     Entry(_config(128, 64, 8, 3), rows=255, head=128, bytes=2),
     # 256 rows halve what is read from L2: with 128 that is the limit. 16 warps, as 8 spill.
@@ -136,12 +140,12 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch.split(":")[0]
 
 
-def paged(device: torch.device, *, rows: int, group: int, head_size: int, page: int, kv_bytes: int) -> Config:
+def paged(*, rows: int, pairs: int, group: int, head_size: int, kv_bytes: int) -> Config:
     """Look up how `paged.attend` is cut: `rows` are those of the longest sequence."""
-    return _find(PAGED, rows=rows, group=group, head=head_size, bytes=kv_bytes)
+    return _find(PAGED, rows=rows, pairs=pairs, group=group, head=head_size, bytes=kv_bytes)
 
 
-def varlen(device: torch.device, *, rows: int, keys: int, group: int, head_size: int, bytes_each: int) -> Config:
+def varlen(*, rows: int, keys: int, group: int, head_size: int, bytes_each: int) -> Config:
     """Look up how `varlen.attend` is cut."""
     return _find(VARLEN, rows=rows, group=group, head=head_size, bytes=bytes_each, keys=keys)
 

@@ -181,8 +181,7 @@ def attend(
         return (out, lse) if return_lse else out
     arguments.refuse_interpreted_bfloat16(q)
     config = tuning.varlen(
-        q.device, rows=max_seqlen_q * group, keys=max_seqlen_k, group=group, head_size=head_size,
-        bytes_each=q.element_size(),
+        rows=max_seqlen_q * group, keys=max_seqlen_k, group=group, head_size=head_size, bytes_each=q.element_size()
     )  # fmt: skip
     block_q, block_d = config.block_m // group, max(16, triton.next_power_of_2(head_size))
     strides = (*k.stride()[:2], *v.stride()[:2])

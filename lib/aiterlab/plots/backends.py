@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures made from tables of cells; each says its finding in its title and is saved beside the record."""
+"""Figures of the backend's cells: which of them work, and how right the numbers are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from aiterlab import paths
+from aiterlab.plots.style import INK
 
 # Colour-blind safe (after Okabe and Ito), and every square carries a sign of its own.
 VERDICTS = {
@@ -22,14 +22,6 @@ VERDICTS = {
     "no answer": ("#FFFFFF", "?", "the probe got no answer"),
 }
 SELECTIONS = {"auto": "auto-selection", "ROCM_AITER_FA": "ROCM_AITER_FA\nasked for by name"}
-INK = "#222222"
-
-
-def save(fig: Figure, stem: str, name: str) -> Figure:
-    """Write `fig` as a PNG beside the record of notebook `stem` and hand it back to be shown."""
-    fig.savefig(paths.output_dir(stem) / f"{name}.png", dpi=150, bbox_inches="tight", facecolor="white")
-    plt.close(fig)  # the notebook shows it once, where it says so
-    return fig
 
 
 def truth_table(cells: pd.DataFrame, title: str) -> Figure:
