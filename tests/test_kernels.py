@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aiterlab.attention import eager, gather, merge, paged, pages, reference, tuning, varlen, workloads
+from aiterlab.attention import eager, gather, merge, paged, pages, pairwise, reference, tuning, varlen, workloads
 from aiterlab.attention.workloads import Workload
 from aiterlab.measure import checks
 
@@ -152,8 +152,8 @@ class TestPaged:
         assert_right(inputs, attend_paged(inputs))
 
     SPLIT = (
-        Workload("prefill", "prefill", ((0, 40), (0, 70)), **TINY),
-        extend((90, 17), (0, 33), (0, 0), (130, 1)),
+        Workload("prefill", "prefill", ((0, 17), (0, 50)), **TINY),
+        extend((90, 11), (0, 19), (0, 0), (130, 1)),
         Workload("decode", "decode", ((150, 1), (3, 1), (64, 1)), kv_dtype="int8", scales="token_head", **TINY),
         Workload("verify", "verify", ((200, 4), (31, 4)), 5, 1, 96, 32, "float16", layout="SHUFFLE", window=40),
         Workload("capped", "verify", ((140, 3), (0, 2)), kv_dtype="float8_e4m3fn", softcap=3.0, alibi=True, **TINY),
@@ -497,10 +497,11 @@ class TestChecker:
         assert distance(inputs, *attend_paged(inputs)) > 2
 
 
-def upstream(sequences, heads, head_size, window, softcap, dtype, q_dtype, kv_dtype, blocks):
+def upstream(sequences, row, dtype, blocks):
     """A batch as vLLM's and AITER's kernel tests draw it: (new, keys) each, pages at random, some of them shared."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     new, lengths = zip(*sequences, strict=True)
+    heads, head_size, window, softcap, (q_dtype, kv_dtype) = (row[name] for name in list(row)[:5])
     q = torch.randn(sum(new), heads[0], head_size, generator=generator, device=DEVICE).to(q_dtype or dtype)
     cache = torch.randn(2, blocks, 16, heads[1], head_size, generator=generator, device=DEVICE, dtype=dtype)
     pages = -(-max(lengths) // 16)
@@ -524,33 +525,26 @@ def upstream(sequences, heads, head_size, window, softcap, dtype, q_dtype, kv_dt
     return checks.deviation(out, right.output, right.output_limit).ratio
 
 
-UPSTREAM = (
-    pytest.mark.parametrize("heads", [(4, 4), (8, 2), (5, 1), (16, 2)]),
-    pytest.mark.parametrize("head_size", [128, 256]),
-    pytest.mark.parametrize("softcap", [None, 50.0]),
-    pytest.mark.parametrize("q_dtype, kv_dtype", [(None, None), (FP8, FP8), (None, FP8)]),
-)
-
-
-def under(marks):
-    def decorate(function):
-        for mark in marks:
-            function = mark(function)
-        return function
-
-    return decorate
+# What vLLM's and AITER's tests of unified attention vary, every two values of any two options together at least once.
+UPSTREAM = {
+    "heads": [(4, 4), (8, 2), (5, 1), (16, 2)],
+    "head_size": [128, 256],
+    "window": [None, 64, 128, 256],
+    "softcap": [None, 50.0],
+    "cache": [(None, None), (FP8, FP8), (None, FP8)],  # dtypes of q and of keys and values; None: the model's
+    "decode": [True, False],
+}
 
 
 class TestUpstream:
-    """vLLM's and AITER's own parametrisation, on lengths that the interpreter can bear."""
+    """On lengths that the interpreter can bear."""
 
     __test__ = COMPUTES
 
-    @under(UPSTREAM)
-    @pytest.mark.parametrize("decode, window", [(True, None), (False, 64)])
-    def test_unified_attention(self, decode, window, heads, head_size, softcap, q_dtype, kv_dtype):
-        sequences = ((1, 83), (1, 37), (1, 131)) if decode else ((1, 132), (5, 18), (9, 79))
-        assert upstream(sequences, heads, head_size, window, softcap, torch.float16, q_dtype, kv_dtype, 40) <= 1
+    @pytest.mark.parametrize("row", pairwise.cover(UPSTREAM), ids=lambda row: "-".join(map(str, row.values())))
+    def test_unified_attention(self, row):
+        sequences = ((1, 83), (1, 37), (1, 131)) if row["decode"] else ((1, 132), (5, 18), (9, 79))
+        assert upstream(sequences, row, torch.float16, 40) <= 1
 
 
 @pytest.mark.gpu
@@ -571,13 +565,11 @@ class TestOnTheGpu:
             assert_right(inputs, attend_paged(inputs))
         assert_right(inputs, attend_varlen(inputs))
 
-    @under(UPSTREAM)
-    @pytest.mark.parametrize("blocks", [32768, 2048])
-    @pytest.mark.parametrize("window", [None, 64, 256])
-    @pytest.mark.parametrize("decode", [True, False])
-    def test_upstreams_parameters(self, decode, window, blocks, heads, head_size, softcap, q_dtype, kv_dtype):
-        sequences = ((1, 523), (1, 37), (1, 2011)) if decode else ((1, 1328), (5, 18), (129, 463))
-        assert upstream(sequences, heads, head_size, window, softcap, torch.bfloat16, q_dtype, kv_dtype, blocks) <= 1
+    @pytest.mark.parametrize("blocks", [32768, 2048])  # the larger one makes indices beyond 2**31
+    @pytest.mark.parametrize("row", pairwise.cover(UPSTREAM), ids=lambda row: "-".join(map(str, row.values())))
+    def test_upstreams_parameters(self, row, blocks):
+        sequences = ((1, 523), (1, 37), (1, 2011)) if row["decode"] else ((1, 1328), (5, 18), (129, 463))
+        assert upstream(sequences, row, torch.bfloat16, blocks) <= 1
 
     GRAPHS = (
         Workload("decode", "decode", ((4000, 1), (17, 1), (900, 1))),
@@ -683,6 +675,7 @@ def _column_first(tensor):
     return tensor.mT.contiguous().mT
 
 
+BATCH = ("seqused_k", "block_table")
 # what is wrong: (change of the valid arguments, words of the message)
 REFUSED = {
     "q transposed": (lambda a: {"q": _column_first(a["q"])}, r"q\.stride\(2\)"),
@@ -719,7 +712,7 @@ REFUSED = {
     "offsets of another batch": (lambda a: {"cu_seqlens_q": _int32(0, 4, 9, 13)}, "cu_seqlens_q has shape"),
     "longest query understated": (lambda a: {"max_seqlen_q": 8}, "cu_seqlens_q: a sequence has 9 tokens"),
     "longest context understated": (lambda a: {"max_seqlen_k": 40}, "41 keys, max_seqlen_k is 40"),
-    "tokens of no sequence": (lambda a: {"cu_seqlens_q": _int32(0), "seqused_k": _int32(), "block_table": a["block_table"][:0]},
+    "tokens of no sequence": (lambda a: {"cu_seqlens_q": _int32(0), **{n: a[n][:0] for n in BATCH}},
                               "cu_seqlens_q goes from 0 to 0, not from 0 to 13"),
     "scale 0": (lambda a: {"softmax_scale": 0.0}, "softmax_scale is 0.0"),
     "soft cap below 0": (lambda a: {"softcap": -1.0}, "softcap is -1.0"),

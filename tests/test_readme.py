@@ -50,7 +50,8 @@ def kernels() -> str:
         parts.append(f"**{device}** ({made(record)}; [{report}]({report})): {record['finding']} {record['bar']}.\n")
         table = tables.comparison(pd.DataFrame(record["ratios"]))
         lines = [[*table.columns], ["---"] * len(table.columns), *table.values.tolist()]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+        rendered = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        parts.append(rendered.replace(tables.JOINED, "").replace("\u00a0", " "))
     return "\n".join(parts) or "No GPU has been measured yet.\n"
 
 

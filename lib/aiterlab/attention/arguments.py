@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from triton import knobs
 
+from aiterlab.attention import tuning
+
 LAYOUTS = ("NHD", "SHUFFLE")
 IMPLS = ("triton", "eager")
 PAGE_SIZES = (16, 32, 64, 128)
@@ -214,9 +216,9 @@ def gathered(k_cache, v_cache, block_table, cu_seqlens_k, total_tokens, seq_star
 def encoding(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:
     """How the kernel decodes the cache's numbers, and the cache as Triton can load it.
 
-    Triton's NVIDIA back end and its interpreter do not know e4m3fnuz; the bits mean the same everywhere.
+    Triton loads e4m3fnuz where the hardware has it; elsewhere the kernel moves the bits.
     """
-    if k_cache.dtype == torch.float8_e4m3fnuz:
+    if k_cache.dtype == torch.float8_e4m3fnuz and tuning.architecture() != "gfx942":
         return "e4m3fnuz bits", k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     return ("number" if k_cache.dtype in QUANTISED_DTYPES else ""), k_cache, v_cache
 
@@ -237,7 +239,11 @@ def scale_strides(*descales: torch.Tensor | None) -> tuple[int, int, int]:
 def describable(tensor: torch.Tensor) -> bool:
     """Tell whether the copy engine can read the tensor: it needs multiples of 16 bytes."""
     size = tensor.element_size()
-    return tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+    return (
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+    )
 
 
 def refuse_interpreted_bfloat16(q: torch.Tensor) -> None:

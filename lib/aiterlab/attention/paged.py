@@ -65,11 +65,12 @@ def _paged_kernel(
     if first >= queries:
         return
     length = tl.load(seqused_k + sequence)
-    position, head, row, is_row = rows(first, queries, length, start, kv_head, GROUP, BLOCK_M, BLOCK_Q)
+    context = length - queries
+    position, head, row, is_row = rows(first, queries, context, start, kv_head, GROUP, BLOCK_M, BLOCK_Q)
     dim = tl.arange(0, BLOCK_D)
     is_element = is_row[:, None] & (dim < HEAD_SIZE)[None, :]
     low, high = visible_keys(
-        length - queries + first, tl.minimum(BLOCK_Q, queries - first), length, window_left, window_right, LEFT, RIGHT
+        context + first, tl.minimum(BLOCK_Q, queries - first), length, window_left, window_right, LEFT, RIGHT
     )
     first_key = low
     low = low // TILE * TILE
@@ -109,7 +110,7 @@ def _paged_kernel(
     # Tiles that every row sees whole come first and need no mask.
     full = low
     if not LEFT:
-        full = tl.minimum(high, length - queries + first + window_right + 1) if RIGHT else high
+        full = tl.minimum(high, context + first + window_right + 1) if RIGHT else high
         full = low + tl.maximum(full - low, 0) // TILE * TILE
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -119,22 +120,21 @@ def _paged_kernel(
     for tile in tl.range(low, full, TILE):
         acc, running_max, running_sum, page = _tile(
             tile, first_key, high, False, query, acc, running_max, running_sum, page,
-            k_cache, v_cache, block_table, k_descale, v_descale, position, scale, row_scale, slope, softcap, length,
+            k_cache, v_cache, block_table, k_descale, v_descale, position, scale, row_scale, slope, softcap,
             window_left, window_right, stride_page, stride_place, stride_s0, stride_s1,
             HEAD_SIZE, BLOCK_D, PAGE, X, TILE, LEFT, RIGHT, SOFTCAP, ALIBI,
             ENCODING, K_SCALES, V_SCALES, SHUFFLED, VALUE_DTYPE,
         )  # fmt: skip
-    if BLOCK_M >= 256:
+    if BLOCK_M >= 128:
         # So many rows leave no register over: what they are is looked up again, not kept through the loop above.
         start = tl.load(cu_seqlens_q + sequence)
         queries = tl.load(cu_seqlens_q + sequence + 1) - start
-        length = tl.load(seqused_k + sequence)
-        position, head, row, is_row = rows(first, queries, length, start, kv_head, GROUP, BLOCK_M, BLOCK_Q)
+        position, head, row, is_row = rows(first, queries, context, start, kv_head, GROUP, BLOCK_M, BLOCK_Q)
         is_element = is_row[:, None] & (dim < HEAD_SIZE)[None, :]
     for tile in tl.range(full, high, TILE):
         acc, running_max, running_sum, page = _tile(
             tile, first_key, high, True, query, acc, running_max, running_sum, page,
-            k_cache, v_cache, block_table, k_descale, v_descale, position, scale, row_scale, slope, softcap, length,
+            k_cache, v_cache, block_table, k_descale, v_descale, position, scale, row_scale, slope, softcap,
             window_left, window_right, stride_page, stride_place, stride_s0, stride_s1,
             HEAD_SIZE, BLOCK_D, PAGE, X, TILE, LEFT, RIGHT, SOFTCAP, ALIBI,
             ENCODING, K_SCALES, V_SCALES, SHUFFLED, VALUE_DTYPE,
@@ -150,7 +150,7 @@ def _paged_kernel(
 @triton.jit
 def _tile(
     tile, low, high, MASKED: tl.constexpr, query, acc, running_max, running_sum, page,
-    k_cache, v_cache, block_table, k_descale, v_descale, position, scale, row_scale, slope, softcap, length,
+    k_cache, v_cache, block_table, k_descale, v_descale, position, scale, row_scale, slope, softcap,
     window_left, window_right, stride_page, stride_place, stride_s0, stride_s1,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, X: tl.constexpr, TILE: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
@@ -198,7 +198,7 @@ def _tile(
         if ALIBI:
             scores += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
     if MASKED:
-        scores = tl.where(sees(position, key, length, window_left, window_right, LEFT, RIGHT), scores, float("-inf"))
+        scores = tl.where(sees(position, key, high, window_left, window_right, LEFT, RIGHT), scores, float("-inf"))
 
     probabilities, shrink, running_max, running_sum = softmax_step(scores, scale, running_max, running_sum)
     if V_SCALES == "token":
@@ -279,7 +279,7 @@ def attend(
     arguments.refuse_interpreted_bfloat16(q)
     config = tuning.paged(
         rows=max_seqlen_q * group, pairs=sequences * sizes.kv_heads, group=group, head_size=head_size,
-        kv_bytes=k_cache.element_size(),
+        kv_bytes=4 if q.dtype == torch.float32 else k_cache.element_size(),
     )  # fmt: skip
     block_q = config.block_m // group
     one_block = max_seqlen_q <= block_q

@@ -7,7 +7,7 @@ for keys, [page, head, dim // X, place, X], and along the tokens for values, [pa
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip, is_hip_cdna3, is_hip_cdna4
+from triton.language.target_info import is_hip, is_hip_cdna4
 
 
 @triton.jit
@@ -61,11 +61,9 @@ def decode(stored, dtype: tl.constexpr, ENCODING: tl.constexpr):
     """Bring a tile of the cache to the dtype of the matrix units; its scale is applied later.
 
     Every fp8 and int8 number is exact in float16. Where the hardware does not convert a format, Triton would emulate
-    it with hundreds of instructions (e4m3fn before CDNA 4), or not load it (e4m3fnuz on NVIDIA): its bits are moved.
+    it with hundreds of instructions (e4m3fn before CDNA 4), or not load it (e4m3fnuz but on CDNA 3): its bits move.
     """
     if ENCODING == "e4m3fnuz bits":
-        if is_hip_cdna3():
-            return stored.to(tl.float8e4b8, bitcast=True).to(dtype)
         return tl.where(stored == 0x80, float("nan"), _widen(stored) * 128.0).to(dtype)
     if stored.dtype == tl.float8e4nv and is_hip() and not is_hip_cdna4():
         bits = stored.to(tl.uint8, bitcast=True)

@@ -15,6 +15,7 @@ MEMORY_BOUND = ("decode", "verify", "gather")  # the others are bound by matrix 
 # Two starting points, which must not be compared with one another: a paged cache, or K and V as the layer made them.
 CONTIGUOUS = ("varlen", "fa3_varlen", "sdpa")
 TWO_STEP = "gather+varlen"
+JOINED = "\u2060"  # keeps a browser from breaking a line within a range
 
 
 def rates(timings: pd.DataFrame, ceilings: Mapping[str, Ceiling]) -> pd.DataFrame:
@@ -147,15 +148,14 @@ def _against(name: str, other: _Times | None, suite: _Times | None) -> dict:
 
 
 def comparison(ratios: pd.DataFrame) -> pd.DataFrame:
-    """`ratios` as people read it: one line per case, spreads behind the ratios, a dash where somebody did not run."""
+    """`ratios` as people read it: one line per case and route, spreads behind ratios, a dash where one did not run."""
     shown = readable(ratios)
     return pd.DataFrame(
         {
             "case": shown["workload"],
-            "K and V": shown["k_and_v"],
             "suite": shown["suite"],
             "µs": shown["suite_us"],
-            "rate": shown["rate"] + " " + shown["unit"],
+            "rate": shown["rate"] + "\u00a0" + shown["unit"],
             "of ceiling": shown["share_of_ceiling"],
             "FA3, µs": shown["fa3_us"],
             "× FA3": shown["over_fa3"],
@@ -188,7 +188,10 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         shown[name] = [_text(value) for value in table[name]]
         if f"{name}_low" in table:
             spread = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
-            shown[name] = ["–" if pd.isna(low) else f"{own:.2f} ({low:.2f}–{high:.2f})" for own, low, high in spread]
+            shown[name] = [
+                "–" if pd.isna(low) else f"{own:.2f} ({low:.2f}{JOINED}–{JOINED}{high:.2f})"
+                for own, low, high in spread
+            ]
     return pd.DataFrame(shown, dtype=object)
 
 

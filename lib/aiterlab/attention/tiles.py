@@ -34,14 +34,14 @@ def find_sequence(cu_seqlens_q, block, sequences, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def rows(
-    first, queries, length, start, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr
+    first, queries, context, start, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr
 ):  # fmt: skip
     """What the rows of a tile are: position in the sequence, query head, row of q, and whether it exists."""
     row = tl.arange(0, BLOCK_M)
     token = first + row // GROUP
     head = kv_head * GROUP + row % GROUP
     is_row = (row < BLOCK_Q * GROUP) & (token < queries)
-    return length - queries + token, head, start + token, is_row
+    return context + token, head, start + token, is_row
 
 
 @triton.jit

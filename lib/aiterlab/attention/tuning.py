@@ -69,6 +69,7 @@ _SM_90 = (
     Entry(_config(128, 32, 8, 3), bytes=2),
     # float32 is for checks: no matrix unit computes it exactly.
     Entry(_config(16, 16, 4, 2)),
+    Entry(_config(64, 16, 4, 2)),  # for groups of more than 16
 )
 _CUDA = (  # any other NVIDIA GPU: 99 KB of shared memory are everywhere
     Entry(_config(16, 32, 2, 3, resident=2), rows=16, bytes=2),
@@ -92,14 +93,15 @@ _CDNA = (
     Entry(_config(16, 32, 4, 2, resident=3, **_BY_16), rows=16, head=128, bytes=2),
     Entry(_config(32, 32, 4, 2, resident=3, **_BY_16), rows=32, head=128, bytes=2),
     Entry(_config(64, 32, 4, 2, resident=2, **_BY_16), rows=64, head=128, bytes=2),
-    # A wave's 32 rows of 128 by the instructions of 32 rows, which read half as much LDS for the same products.
-    Entry(_config(128, 32, 4, 1, resident=2, **_TWO_WAVES), head=128, bytes=2),
+    # Instructions of 32 rows would read half as much LDS for the same products, but spill two SGPRs.
+    Entry(_config(128, 32, 4, 1, resident=2, **_BY_16), head=128, bytes=2),
     # Heads of 256: 16 rows are 64 VGPRs a wave, which leaves no room for a tile under way.
     Entry(_config(16, 32, 2, 1, resident=4, **_BY_16), rows=16, bytes=2),
     Entry(_config(32, 16, 2, 1, resident=4, **_BY_16), rows=32, bytes=2),
     Entry(_config(64, 16, 4, 1, resident=2, **_BY_16), rows=64, bytes=2),
     Entry(_config(64, 32, 4, 1, resident=2, **_BY_16), bytes=2),
     Entry(_config(16, 16, 4, 1)),
+    Entry(_config(64, 16, 4, 1)),
 )
 # RDNA 3: waves of 32 lanes with 256 VGPRs at most. Compiled, and no more: no card was at hand.
 _RDNA = (
@@ -159,9 +161,9 @@ def splits(device: torch.device, config: Config, *, programs: int, keys: int) ->
     """Say over how many programs the keys of a sequence are split.
 
     Enough to give every compute unit its `resident` programs, then one or two more where that evens out the last round;
-    never so many that a program has fewer than four tiles.
+    never so many that a program has fewer than four tiles, or that `merge` has more than 64 parts in its registers.
     """
-    most = keys // (4 * config.tile)
+    most = min(keys // (4 * config.tile), 64)
     wanted = max(1, config.resident * _units(device) // programs)
     even = [programs * count / _units(device) for count in (wanted, wanted + 1, wanted + 2)]
     evenness = [rounds / -(-rounds // 1) for rounds in even]

@@ -44,11 +44,12 @@ def _varlen_kernel(
         return
     first_key = tl.load(cu_seqlens_k + sequence)
     length = tl.load(cu_seqlens_k + sequence + 1) - first_key
-    position, head, row, is_row = rows(first, queries, length, start, kv_head, GROUP, BLOCK_M, BLOCK_Q)
+    context = length - queries
+    position, head, row, is_row = rows(first, queries, context, start, kv_head, GROUP, BLOCK_M, BLOCK_Q)
     dim = tl.arange(0, BLOCK_D)
     is_element = is_row[:, None] & (dim < HEAD_SIZE)[None, :]
     low, high = visible_keys(
-        length - queries + first, tl.minimum(BLOCK_Q, queries - first), length, window_left, window_right, LEFT, RIGHT
+        context + first, tl.minimum(BLOCK_Q, queries - first), length, window_left, window_right, LEFT, RIGHT
     )
 
     query = tl.load(elements(q, row, head, stride_qt, stride_qh, BLOCK_D), mask=is_element, other=0.0)
@@ -62,7 +63,7 @@ def _varlen_kernel(
     # Tiles that every row sees whole come first and need no mask.
     full = low
     if not LEFT:
-        full = tl.minimum(high, length - queries + first + window_right + 1) if RIGHT else high
+        full = tl.minimum(high, context + first + window_right + 1) if RIGHT else high
         full = low + tl.maximum(full - low, 0) // TILE * TILE
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)

@@ -141,10 +141,10 @@ class Ceiling:
 def ceilings(device: torch.device | str, rounds: int | None = None) -> dict[str, Ceiling]:
     """Measure memory bandwidth and matrix products in this very run.
 
-    `copy` counts what is read and what is written, by an elementwise kernel: the driver's own copy, as a node of a CUDA
-    graph, reached only two thirds of that on an H200. `read` is a sum, which writes nothing. Both use buffers far beyond
-    the caches (1 GiB on a GPU, 64 MiB on a CPU). Matrix products are 8192³ of random numbers in bf16 and fp16 on a
-    GPU, 1024³ in float32 on a CPU.
+    `copy` counts what is read and what is written, by an elementwise kernel: the driver's own copy, as a node of a
+    CUDA graph, reached only two thirds of that on an H200. `read` is a sum, which writes nothing. Both use buffers far
+    beyond the caches (1 GiB on a GPU, 64 MiB on a CPU). Matrix products are 8192³ of random numbers in bf16 and fp16
+    on a GPU, 1024³ in float32 on a CPU.
 
     Args:
         rounds: samples of each; None: 30 on a GPU, 5 on a CPU
