@@ -44,8 +44,8 @@ def ceiling(rated: pd.DataFrame, place: Place) -> str:
     if mine.empty:
         return "No rate was measured beside a ceiling"
     if place.interpreted:
-        most = rated["share_of_ceiling"].max()
-        return f"Up to {most:.0e} of the ceilings: Triton's interpreter is the limit here, and no kernel"
+        fewest = 1 / mine["share_of_ceiling"].max()
+        return f"Under the ceilings by a factor of {fewest:,.0f} and more: the limit is Triton's interpreter"
     told = []
     for unit, words in (("TB/s", "of copy bandwidth"), ("TFLOP/s", "of the matrix product's rate")):
         best = mine[mine["unit"] == unit].groupby("workload")["share_of_ceiling"].max()
@@ -61,7 +61,10 @@ def bar(goals: pd.DataFrame) -> str:
         return "The bar is stated for an H200: no row of it could be judged here"
     missed = judged[~judged["met"].astype(bool)]
     text = f"{len(judged) - len(missed)} of {len(judged)} goals are met"
-    told = [f"{row.workload} {row.reached:.2f} of {row.quantity}, wanted {row.wanted:g}" for row in missed.itertuples()]
+    told = [
+        f"{row.workload} from {row.k_and_v} {row.reached:.2f} of {row.quantity}, wanted {row.wanted:g}"
+        for row in missed.itertuples()
+    ]
     return text + (f"; missed: {'; '.join(told)}" if told else "")
 
 

@@ -21,8 +21,9 @@ class Goal:
     """One number to reach."""
 
     workload: str
-    quantity: str  # one of _QUANTITIES
+    quantity: str
     wanted: float
+    k_and_v: str = "pages"  # where K and V are read from; "contiguous": a prompt's, as the layer made them
 
 
 def _bar() -> tuple[Goal, ...]:
@@ -31,6 +32,7 @@ def _bar() -> tuple[Goal, ...]:
     attend = [w for w in CASES.values() if w.operation in speed and not w.name.endswith(variants)]
     return (
         *(Goal(w.name, "speed of FA3", speed[w.operation]) for w in attend),
+        *(Goal(w.name, "speed of FA3", 0.75, "contiguous") for w in attend if w.operation == "prefill"),
         *(Goal(w.name, "speed of gather + varlen", 1.0) for w in attend if w.operation == "extend"),
         Goal("decode_64x8k", "copy bandwidth", 0.92),
         *(Goal(w.name, "copy bandwidth", 0.80) for w in CASES.values() if w.operation == "gather"),
@@ -42,21 +44,20 @@ GOALS = _bar()
 
 
 def reached(ratios: pd.DataFrame, two_step: pd.DataFrame) -> pd.DataFrame:
-    """One row per goal: wanted, reached (the suite as a multiple of the quantity), met; both missing with a reason.
-
-    Of a prompt the slower start counts: from the pages, or from K and V as the layer made them.
-    """
+    """One row per goal: wanted, reached (the suite as a multiple of the quantity), met; both missing with a reason."""
     rows = []
     for goal in GOALS:
         number, reason = _number(goal, ratios, two_step)
         met = None if number is None else number >= goal.wanted
-        rows.append({"workload": goal.workload, "quantity": goal.quantity, "wanted": goal.wanted, "reached": number}
-                    | {"met": met, "reason": reason})  # fmt: skip
+        asked = {"workload": goal.workload, "k_and_v": goal.k_and_v, "quantity": goal.quantity, "wanted": goal.wanted}
+        rows.append(asked | {"reached": number, "met": met, "reason": reason})
     return pd.DataFrame(rows).astype({"met": "boolean", "reached": "float64"})
 
 
 def _number(goal: Goal, ratios: pd.DataFrame, two_step: pd.DataFrame) -> tuple[float | None, str | None]:
-    mine = ratios[ratios["workload"] == goal.workload] if len(ratios) else ratios
+    mine = ratios
+    if len(ratios):
+        mine = ratios[(ratios["workload"] == goal.workload) & (ratios["k_and_v"] == goal.k_and_v)]
     if mine.empty:
         return None, "the suite has no time for it in this run"
     if goal.quantity == "speed of FA3":

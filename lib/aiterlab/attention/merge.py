@@ -4,16 +4,19 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from aiterlab.attention import eager
+from aiterlab.attention import eager, tuning
 from aiterlab.attention.tiles import LN2, LOG2E
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
 def _merge_kernel(
     partial, partial_lse, out, lse, tokens, parts, stride_ps, stride_pt, stride_ph, stride_ot, stride_oh,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, LSE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, LSE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        gdc_wait()  # this kernel was started while the one that writes the parts was still at it
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     part = tl.arange(0, BLOCK_S)
@@ -92,6 +95,7 @@ def merge(
         _merge_kernel[(tokens, heads)](
             partial_out, partial_lse, out, lse, tokens, parts, *partial_out.stride()[:3], *out.stride()[:2],
             HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_S=triton.next_power_of_2(parts),
-            LSE=lse is not None, num_warps=4,
+            LSE=lse is not None, CHAINED=tuning.chained(), num_warps=4,
+            **({"launch_pdl": True} if tuning.chained() else {}),
         )  # fmt: skip
     return (out, lse) if return_lse else out

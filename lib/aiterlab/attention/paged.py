@@ -10,6 +10,7 @@ split like a decode step.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from aiterlab.attention import arguments, eager, merge, tuning
 from aiterlab.attention.pages import (
@@ -50,7 +51,7 @@ def _paged_kernel(
     PAGE: tl.constexpr, X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     ENCODING: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, SHUFFLED: tl.constexpr,
-    SPLIT: tl.constexpr, LSE: tl.constexpr, ONE_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr, CHAINED: tl.constexpr, LSE: tl.constexpr, ONE_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr,
 ):  # fmt: skip
     # Neighbours are the heads of one block: they read the same pages, and on MI300X each head stays on one die.
     kv_head = tl.program_id(0) % KV_HEADS
@@ -140,6 +141,8 @@ def _paged_kernel(
             ENCODING, K_SCALES, V_SCALES, SHUFFLED, VALUE_DTYPE,
         )  # fmt: skip
 
+    if CHAINED:
+        gdc_launch_dependents()  # `merge` may take its place on the machine, and waits there
     result, row_lse = finish(acc, running_max, running_sum)
     result = (result * value_scale).to(out.dtype.element_ty)
     tl.store(elements(out, row, head, stride_ot, stride_oh, BLOCK_D), result, mask=is_element)
@@ -303,8 +306,8 @@ def attend(
         PAGE=sizes.page, X=16 // k_cache.element_size(), BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=config.tile,
         LEFT=left >= 0, RIGHT=right >= 0, SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None,
         ENCODING=encoding, K_SCALES=arguments.granularity(k_descale), V_SCALES=arguments.granularity(v_descale),
-        SHUFFLED=layout == "SHUFFLE", SPLIT=splits > 1, LSE=partial_lse is not None, ONE_BLOCK=one_block,
-        VALUE_DTYPE=TRITON_DTYPES[out.dtype], **config.options,
+        SHUFFLED=layout == "SHUFFLE", SPLIT=splits > 1, CHAINED=splits > 1 and tuning.chained(),
+        LSE=partial_lse is not None, ONE_BLOCK=one_block, VALUE_DTYPE=TRITON_DTYPES[out.dtype], **config.options,
     )  # fmt: skip
     if splits > 1:
         merge.merge(partial, partial_lse, out=out, lse=lse)

@@ -56,10 +56,10 @@ _SM_90 = (
     Entry(_config(16, 32, 1, 3, resident=8), rows=16, head=128, bytes=1),
     Entry(_config(32, 32, 1, 3, resident=8), rows=32, head=128, bytes=1),
     # Decode and verify of up to 4 tokens with groups of 4: mma.sync on 16 rows; about 3 programs fill the memory.
-    Entry(_config(16, 32, 1, 3, resident=3), rows=16, head=128, bytes=2),
-    # wgmma has 64 rows; half of them empty is still faster than mma.sync on 32. Where the keys are split, smaller tiles
-    # leave room for three programs.
+    Entry(_config(16, 32, 1, 3, resident=3), rows=16, pairs=256, head=128, bytes=2),
+    # Where the keys are split, smaller tiles leave room for three programs.
     Entry(_config(64, 32, 4, 3, resident=3), rows=64, pairs=256, head=128, bytes=2),
+    # wgmma has 64 rows; most of them empty is still as fast as mma.sync on 16, and the larger tile reads better.
     Entry(_config(64, 64, 4, 3, resident=2), rows=64, head=128, bytes=2),
     Entry(_config(128, 64, 8, 3), rows=255, head=128, bytes=2),
     # 256 rows halve what is read from L2: with 128 that is the limit. 16 warps, as 8 spill.
@@ -169,6 +169,11 @@ def splits(device: torch.device, config: Config, *, programs: int, keys: int) ->
     evenness = [rounds / -(-rounds // 1) for rounds in even]
     choice = next((i for i, value in enumerate(evenness) if value >= 0.9), evenness.index(max(evenness)))
     return max(1, min(wanted + choice, most))
+
+
+def chained() -> bool:
+    """Tell whether a kernel may start while the one before it ends (programmatic dependent launch, from sm_90 on)."""
+    return architecture().startswith("sm_") and int(architecture()[3:]) >= 90
 
 
 def _backend() -> str:

@@ -258,7 +258,7 @@ def _title(fig: Figure, title: str) -> None:
 
 def _plain_numbers(ax: Axes) -> None:
     """A logarithmic axis with numbers as people write them."""
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if _decades(ax) < 4 else (1.0,)))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if _decades(ax) < 3.5 else (1.0,)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: _number(number)))
     ax.xaxis.set_minor_formatter(NullFormatter())
 
