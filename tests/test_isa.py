@@ -6,8 +6,9 @@ import textwrap
 import pandas as pd
 import pytest
 
+from aiterlab import plots
 from aiterlab.attention import isa
-from aiterlab.attention.isa import assembly, bounds, figure
+from aiterlab.attention.isa import assembly, bounds
 from aiterlab.attention.isa.launches import shapes
 from aiterlab.attention.isa.occupancy import occupancy
 from aiterlab.attention.workloads import CASES, Workload
@@ -229,7 +230,7 @@ def test_other_architectures_and_the_reason_where_a_launcher_refuses():
     assert set(ours["arch"]) == {"gfx90a", "gfx1100"} and ours["reason"].isna().all()
     assert ours.loc[ours["arch"] == "gfx1100", "agprs"].isna().all()
     assert aiter["reason"].str.contains("get_device").all()  # AITER's tuning knows two architectures
-    fig = figure.occupancy(rows, "a title")
+    fig = plots.occupancy(rows, "a title")
     assert len(fig.axes) == 2
     assert any("KeyError" in text.get_text() for text in fig.axes[0].texts)
 

@@ -101,13 +101,18 @@ def _torch_device(gpu: Architecture) -> None:
 
     implement = Library.impl
 
+    ours = set()  # registered below; what a library registers itself takes their place
+
     def implement_on_host_too(self, op_name, fn, dispatch_key="", *args, **kwargs):
+        if dispatch_key == "CPU" and _qualified(self, op_name) in ours:
+            kwargs["allow_override"] = True
         implement(self, op_name, fn, dispatch_key, *args, **kwargs)
         if dispatch_key == "CUDA" and not torch._C._dispatch_has_kernel_for_dispatch_key(
             _qualified(self, op_name), "CPU"
         ):
             ledger.stood_in("operators registered for the GPU also run on host memory")
             implement(self, op_name, fn, "CPU", *args, **kwargs)
+            ours.add(_qualified(self, op_name))
 
     Library.impl = implement_on_host_too
 
