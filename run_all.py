@@ -48,7 +48,7 @@ ROWS = (
     Row(
         stem="04_run_attention_kernels",
         minutes=2,
-        needs="any CPU, 4 GB memory; full: a GPU, 40 GB of its memory",
+        needs="any CPU, 4 GB memory; full: a GPU, 16 GB of its memory",
         profiles={
             "smoke": {
                 "profile": "smoke",

@@ -47,7 +47,7 @@ def kernels() -> str:
         record = records.load_record(path)
         report = path.parent.relative_to(ROOT).as_posix()
         device = f"{record['card']['device_name']}, {record['timed_dtype']}"
-        parts.append(f"**{device}** ({made(record)}; [{report}]({report})): {record['finding']} {record['bar']}.\n")
+        parts.append(f"**{device}** ({made(record)}; [{report}]({report})): {record['finding']}\n")
         table = tables.comparison(pd.DataFrame(record["ratios"]))
         lines = [[*table.columns], ["---"] * len(table.columns), *table.values.tolist()]
         rendered = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -282,7 +282,7 @@ def attend(
     arguments.refuse_interpreted_bfloat16(q)
     config = tuning.paged(
         rows=max_seqlen_q * group, pairs=sequences * sizes.kv_heads, group=group, head_size=head_size,
-        kv_bytes=4 if q.dtype == torch.float32 else k_cache.element_size(),
+        kv_bytes=4 if q.dtype == torch.float32 else k_cache.element_size(), layout=layout,
     )  # fmt: skip
     block_q = config.block_m // group
     one_block = max_seqlen_q <= block_q

@@ -41,10 +41,11 @@ class Entry:
     head: int = 256
     bytes: int = 4
     keys: float = float("inf")
+    layout: str | None = None  # for this layout of the cache alone
 
-    def fits(self, **case: int) -> bool:
-        """Tell whether the entry is large enough for the case."""
-        return all(getattr(self, name) >= size for name, size in case.items())
+    def fits(self, layout: str, **case: int) -> bool:
+        """Tell whether the entry is for this layout and large enough for the case."""
+        return self.layout in (None, layout) and all(getattr(self, name) >= size for name, size in case.items())
 
 
 def _config(block_m: int, tile: int, warps: int, stages: int, resident: int = 1, descriptor: bool = False, **more):
@@ -55,6 +56,9 @@ _SM_90 = (
     # fp8 and int8: converted in registers; one warp a program, and many programs, hide the conversion.
     Entry(_config(16, 32, 1, 3, resident=8), rows=16, head=128, bytes=1),
     Entry(_config(32, 32, 1, 3, resident=8), rows=32, head=128, bytes=1),
+    # A shuffled tile reaches wgmma's shared memory through registers, which takes 2.5 times as long as mma.sync.
+    Entry(_config(16, 32, 1, 3, resident=3), rows=16, head=128, bytes=2, layout="SHUFFLE"),
+    Entry(_config(32, 32, 2, 3, resident=3), rows=32, head=128, bytes=2, layout="SHUFFLE"),
     # Decode and verify of up to 4 tokens with groups of 4: mma.sync on 16 rows; about 3 programs fill the memory.
     Entry(_config(16, 32, 1, 3, resident=3), rows=16, pairs=256, head=128, bytes=2),
     # Where the keys are split, smaller tiles leave room for three programs.
@@ -142,14 +146,14 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch.split(":")[0]
 
 
-def paged(*, rows: int, pairs: int, group: int, head_size: int, kv_bytes: int) -> Config:
+def paged(*, rows: int, pairs: int, group: int, head_size: int, kv_bytes: int, layout: str) -> Config:
     """Look up how `paged.attend` is cut: `rows` are those of the longest sequence."""
-    return _find(PAGED, rows=rows, pairs=pairs, group=group, head=head_size, bytes=kv_bytes)
+    return _find(PAGED, layout=layout, rows=rows, pairs=pairs, group=group, head=head_size, bytes=kv_bytes)
 
 
 def varlen(*, rows: int, keys: int, group: int, head_size: int, bytes_each: int) -> Config:
     """Look up how `varlen.attend` is cut."""
-    return _find(VARLEN, rows=rows, group=group, head=head_size, bytes=bytes_each, keys=keys)
+    return _find(VARLEN, layout="contiguous", rows=rows, group=group, head=head_size, bytes=bytes_each, keys=keys)
 
 
 def gather() -> Config:
@@ -180,12 +184,14 @@ def _backend() -> str:
     return "cuda" if architecture().startswith("sm_") else "hip"
 
 
-def _find(tables: dict[str, Sequence[Entry]], *, group: int, **case: int) -> Config:
+def _find(tables: dict[str, Sequence[Entry]], *, layout: str, group: int, **case: int) -> Config:
     if knobs.runtime.interpret:
         return Config(max(16, 1 << (group - 1).bit_length()), 32)
     table = tables.get(architecture()) or tables[_backend()]
     # A program holds at least one token with its whole group.
-    config = next((entry.config for entry in table if entry.fits(**case) and entry.config.block_m >= group), None)
+    config = next(
+        (entry.config for entry in table if entry.fits(layout, **case) and entry.config.block_m >= group), None
+    )
     if config is None:
         raise ValueError(f"no configuration for {group} query heads on one key head and head size {case['head']}")
     return config
