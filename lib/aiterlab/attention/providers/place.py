@@ -61,6 +61,7 @@ def enter(machine: Machine | None = None) -> Place:
     wanted = Place("simulated", machine.arch) if machine.simulated else native()
     if _entered not in (None, wanted):
         raise RuntimeError(f"this process already runs on {_entered}")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what it says of plugins and platforms is in the table
     if machine.simulated:
         _simulate(machine)
     elif wanted.platform == "rocm":
