@@ -11,14 +11,12 @@ import torch
 from triton import knobs
 
 from aiterlab.attention import tuning
+from aiterlab.attention.layouts import LAYOUTS, QUANTISED
 
-LAYOUTS = ("NHD", "SHUFFLE")
 IMPLS = ("triton", "eager")
 PAGE_SIZES = (16, 32, 64, 128)
 LARGEST_HEAD = 256
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-QUANTISED_DTYPES = (*FP8_DTYPES, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def cache(k_cache: torch.Tensor, v_cache: torch.Tensor, layout: str, head_size: 
     """
     _need(layout in LAYOUTS, f"layout is {layout!r}, not one of {', '.join(LAYOUTS)}")
     _same("v_cache.dtype", v_cache.dtype, "k_cache.dtype", k_cache.dtype)
-    _need(k_cache.dtype in QUERY_DTYPES + QUANTISED_DTYPES, f"k_cache.dtype {k_cache.dtype} is not supported")
+    _need(k_cache.dtype in QUERY_DTYPES + QUANTISED, f"k_cache.dtype {k_cache.dtype} is not supported")
     if layout == "NHD":
         _need(k_cache.ndim == 4, f"k_cache has shape {tuple(k_cache.shape)}, not [blocks, page, kv_heads, head_size]")
         blocks, page, kv_heads, _ = k_cache.shape
@@ -75,7 +73,7 @@ def query(q: torch.Tensor, kv_heads: int, kv_dtype: torch.dtype) -> None:
     _need(head_size <= LARGEST_HEAD and head_size % 8 == 0, f"head size {head_size} is not a multiple of 8 up to 256")
     _need(q.stride(2) == 1, f"q.stride(2) is {q.stride(2)}: a head's numbers must lie together")
     _need(kv_heads > 0 and heads % kv_heads == 0, f"{heads} query heads cannot share {kv_heads} key heads evenly")
-    quantised = kv_dtype in QUANTISED_DTYPES
+    quantised = kv_dtype in QUANTISED
     allowed = (*QUERY_DTYPES, torch.float8_e4m3fn) if quantised else (kv_dtype,)
     if q.dtype not in allowed:
         raise TypeError(f"q.dtype is {q.dtype}, the keys' is {kv_dtype}: it must be one of {allowed}")
@@ -220,7 +218,7 @@ def encoding(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[str, torch.T
     """
     if k_cache.dtype == torch.float8_e4m3fnuz and tuning.architecture() != "gfx942":
         return "e4m3fnuz bits", k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    return ("number" if k_cache.dtype in QUANTISED_DTYPES else ""), k_cache, v_cache
+    return ("number" if k_cache.dtype in QUANTISED else ""), k_cache, v_cache
 
 
 def granularity(descale: torch.Tensor | None) -> str:
@@ -259,7 +257,7 @@ def _descales(k_descale, v_descale, k_cache: torch.Tensor, sizes: Sizes, sequenc
             continue
         if not isinstance(descale, torch.Tensor):
             raise TypeError(f"{name} is a {type(descale).__name__}, not a float32 tensor on the device")
-        _need(k_cache.dtype in QUANTISED_DTYPES, f"{name} is given, but the cache's dtype {k_cache.dtype} has no scale")
+        _need(k_cache.dtype in QUANTISED, f"{name} is given, but the cache's dtype {k_cache.dtype} has no scale")
         _need(descale.dtype == torch.float32, f"{name}.dtype is {descale.dtype}, not float32")
         _same(f"{name}.device", descale.device, "k_cache.device", k_cache.device)
         if descale.numel() != 1 and tuple(descale.shape) not in (token, sequence):

@@ -69,6 +69,22 @@ class Inputs:
             "layout": self.layout,
         }
 
+    @property
+    def unified(self) -> dict:
+        """What vLLM's unified attention and AITER's copy of it both take, by their names; output and scales are not."""
+        return {
+            "q": self.q,
+            "k": self.k_cache,
+            "v": self.v_cache,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "max_seqlen_q": self.max_seqlen_q,
+            "seqused_k": self.seqused_k,
+            "max_seqlen_k": self.max_seqlen_k,
+            "block_table": self.block_table,
+            "q_descale": None,
+            **self.options,
+        }
+
     @functools.cached_property
     def k(self) -> torch.Tensor:
         """Keys [sum of lengths, H_kv, D] without pages, dequantised to q's dtype; kept once made."""

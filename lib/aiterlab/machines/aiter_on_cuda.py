@@ -52,7 +52,7 @@ def install() -> None:
         raise RuntimeError("AITER's stand-ins for NVIDIA need an NVIDIA GPU; on ROCm the real AITER runs")
     if "aiter" in sys.modules:
         raise RuntimeError("AITER was imported before its stand-ins for NVIDIA were installed")
-    driver._command_line_tools(ARCHITECTURES[TUNED_FOR])
+    driver.command_line_tools(ARCHITECTURES[TUNED_FOR])
     aiter_jit.install()
     for module in _ARCHITECTURE_LOOKUPS:
         importing.after_import(module, _answer_architecture)

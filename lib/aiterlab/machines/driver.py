@@ -21,13 +21,13 @@ HIP_VERSION = "6.4.43484-123eb5128"  # ROCm 6.4
 
 def install(gpu: Architecture) -> None:
     """Make this process see one GPU of the given architecture."""
-    _command_line_tools(gpu)
+    command_line_tools(gpu)
     importing.serve(lambda name: name == "amdsmi", lambda module: _fill_amdsmi(module, gpu), "simulated driver")
     _torch_device(gpu)
     _triton_target(gpu)
 
 
-def _command_line_tools(gpu: Architecture) -> None:
+def command_line_tools(gpu: Architecture) -> None:
     tools = str(resources.files("aiterlab.machines") / "bin")
     os.environ["PATH"] = tools + os.pathsep + os.environ.get("PATH", "")
     os.environ["AITERLAB_ARCH"] = gpu.gfx

@@ -169,13 +169,7 @@ def _unified(x: Inputs) -> dict:
     if x.layout != "NHD":
         raise NotImplementedError(f"it takes the KV layout NHD only, not {x.layout}")
     per_head = None if x.k_descale is None else x.k_descale.flatten()[:1].expand(len(x.seqused_k), x.workload.kv_heads)
-    return {
-        "q": x.q, "k": x.k_cache, "v": x.v_cache, "out": torch.empty_like(x.q), "cu_seqlens_q": x.cu_seqlens_q,
-        "max_seqlen_q": x.max_seqlen_q, "seqused_k": x.seqused_k, "max_seqlen_k": x.max_seqlen_k,
-        "softmax_scale": x.softmax_scale, "causal": x.causal, "window_size": x.window_size,
-        "block_table": x.block_table, "softcap": x.softcap, "q_descale": None, "k_descale": per_head,
-        "v_descale": per_head, "alibi_slopes": x.alibi_slopes,
-    }  # fmt: skip
+    return x.unified | {"out": torch.empty_like(x.q), "k_descale": per_head, "v_descale": per_head}
 
 
 def _vllm_gather(x: Inputs) -> None:

@@ -72,23 +72,10 @@ def _unified(inputs: Inputs, out: torch.Tensor) -> Launch:
 
     return functools.partial(
         unified_attention,
-        q=inputs.q,
-        k=inputs.k_cache,
-        v=inputs.v_cache,
         out=out,
-        cu_seqlens_q=inputs.cu_seqlens_q,
-        max_seqlen_q=inputs.max_seqlen_q,
-        seqused_k=inputs.seqused_k,
-        max_seqlen_k=inputs.max_seqlen_k,
-        softmax_scale=inputs.softmax_scale,
-        causal=True,
-        window_size=inputs.window_size,
-        block_table=inputs.block_table,
-        softcap=inputs.softcap,
-        q_descale=None,
         k_descale=inputs.k_descale,
         v_descale=inputs.v_descale,
-        alibi_slopes=inputs.alibi_slopes,
+        **inputs.unified,
     )
 
 

@@ -17,7 +17,6 @@ from aiterlab.machines import native as rocm
 from aiterlab.policy import Answer
 
 _VLLM_ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "aiterlab_simulated_rocm",  # the machine's platform, and no plugin that belongs to another vLLM
 }
@@ -61,7 +60,7 @@ def enter(machine: Machine | None = None) -> Place:
     wanted = Place("simulated", machine.arch) if machine.simulated else native()
     if _entered not in (None, wanted):
         raise RuntimeError(f"this process already runs on {_entered}")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what it says of plugins and platforms is in the table
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # what it tells of plugins and platforms is in the table
     if machine.simulated:
         _simulate(machine)
     elif wanted.platform == "rocm":

@@ -63,21 +63,7 @@ def _unified(inputs: Inputs, out: torch.Tensor) -> Launch:
     )
     return functools.partial(
         unified_attention,
-        q=inputs.q,
-        k=inputs.k_cache,
-        v=inputs.v_cache,
         out=out,
-        cu_seqlens_q=inputs.cu_seqlens_q,
-        max_seqlen_q=inputs.max_seqlen_q,
-        seqused_k=inputs.seqused_k,
-        max_seqlen_k=inputs.max_seqlen_k,
-        softmax_scale=inputs.softmax_scale,
-        causal=True,
-        alibi_slopes=inputs.alibi_slopes,
-        window_size=inputs.window_size,
-        block_table=inputs.block_table,
-        softcap=inputs.softcap,
-        q_descale=None,
         k_descale=k_descale,
         v_descale=v_descale,
         seq_threshold_3D=threshold,
@@ -88,6 +74,7 @@ def _unified(inputs: Inputs, out: torch.Tensor) -> Launch:
         kv_quant_mode=mode,
         k_scale_cache=scale_caches[0],
         v_scale_cache=scale_caches[1],
+        **inputs.unified,
     )
 
 
