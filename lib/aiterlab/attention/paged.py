@@ -7,6 +7,8 @@ programs and `merge` joins their results, whatever the number of query tokens: a
 split like a decode step.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -212,6 +214,60 @@ def _tile(
     return acc, running_max, running_sum, next_page
 
 
+class Cut(NamedTuple):
+    """How a batch is cut into programs. It follows from numbers alone, so a caller may keep it for batches alike."""
+
+    config: tuning.Config
+    block_q: int  # query tokens of a program
+    one_block: bool  # no sequence has more query tokens than that
+    blocks: int  # of query tokens, over all sequences
+    splits: int  # programs that share the keys of a block
+
+
+def cut(
+    device: torch.device, *, tokens: int, sequences: int, max_seqlen_q: int, max_seqlen_k: int,
+    heads: int, kv_heads: int, head_size: int, kv_bytes: int, layout: str = "NHD", left: int = -1,
+) -> Cut:  # fmt: skip
+    """Cut a batch into programs; the lengths are upper bounds, and `left` is how many earlier keys a query sees."""
+    group = heads // kv_heads
+    config = tuning.paged(
+        rows=max_seqlen_q * group, pairs=sequences * kv_heads, group=group, head_size=head_size, kv_bytes=kv_bytes,
+        layout=layout,
+    )  # fmt: skip
+    block_q = config.block_m // group
+    one_block = max_seqlen_q <= block_q
+    visible = max_seqlen_k if left < 0 else min(max_seqlen_k, left + 1 + max_seqlen_q)
+    programs = max(sequences, -(-tokens // block_q)) * kv_heads
+    splits = tuning.splits(device, config, programs=programs, keys=visible)
+    return Cut(config, block_q, one_block, sequences if one_block else tokens // block_q + sequences, splits)
+
+
+def kernel_arguments(
+    cut: Cut, q, k_cache, v_cache, out, lse, cu_seqlens_q, seqused_k, block_table, *, softmax_scale, softcap, window,
+    alibi_slopes, k_descale, v_descale, layout, dtype,
+) -> list[Any]:  # fmt: skip
+    """List the kernel's arguments in its own order; `out` and `lse` are partial results where the keys are split."""
+    encoding, k_cache, v_cache = arguments.encoding(k_cache, v_cache)
+    shuffled = layout == "SHUFFLE"
+    tokens, heads, head_size = q.shape
+    page, kv_heads = (k_cache.shape[3], k_cache.shape[1]) if shuffled else k_cache.shape[1:3]
+    return [
+        q, k_cache, v_cache, out, lse, cu_seqlens_q, seqused_k, block_table, alibi_slopes, k_descale, v_descale,
+        len(seqused_k), tokens, softmax_scale, softcap, *window,
+        q.stride(0), q.stride(1), out.stride(-3), out.stride(-2),
+        k_cache.stride(0), k_cache.stride(1), k_cache.stride(1 if shuffled else 2), block_table.stride(0),
+        *arguments.scale_strides(k_descale, v_descale),
+        # KV_HEADS, GROUP, HEAD_SIZE, BLOCK_D, PAGE, X, BLOCK_M, BLOCK_Q, TILE
+        kv_heads, heads // kv_heads, head_size, max(16, triton.next_power_of_2(head_size)),
+        page, 16 // k_cache.element_size(), cut.config.block_m, cut.block_q, cut.config.tile,
+        # LEFT, RIGHT, SOFTCAP, ALIBI, ENCODING, K_SCALES, V_SCALES, SHUFFLED
+        window[0] >= 0, window[1] >= 0, softcap > 0, alibi_slopes is not None,
+        encoding, arguments.granularity(k_descale), arguments.granularity(v_descale), shuffled,
+        # SPLIT, CHAINED, LSE, ONE_BLOCK, VALUE_DTYPE
+        cut.splits > 1, cut.splits > 1 and tuning.chained(), lse is not None, cut.one_block, TRITON_DTYPES[dtype],
+    ]  # fmt: skip
+
+
 def attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -275,40 +331,27 @@ def attend(
             alibi_slopes, k_descale, v_descale, layout, out, return_lse,
         )  # fmt: skip
     tokens, heads, head_size = q.shape
-    sequences, group = len(seqused_k), heads // sizes.kv_heads
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device) if return_lse else None
     if tokens == 0:
         return (out, lse) if return_lse else out
     arguments.refuse_interpreted_bfloat16(q)
-    config = tuning.paged(
-        rows=max_seqlen_q * group, pairs=sequences * sizes.kv_heads, group=group, head_size=head_size,
-        kv_bytes=4 if q.dtype == torch.float32 else k_cache.element_size(), layout=layout,
+    plan = cut(
+        q.device, tokens=tokens, sequences=len(seqused_k), max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        heads=heads, kv_heads=sizes.kv_heads, head_size=head_size, layout=layout, left=left,
+        kv_bytes=4 if q.dtype == torch.float32 else k_cache.element_size(),
     )  # fmt: skip
-    block_q = config.block_m // group
-    one_block = max_seqlen_q <= block_q
-    blocks = sequences if one_block else tokens // block_q + sequences
-    visible = max_seqlen_k if left < 0 else min(max_seqlen_k, left + 1 + max_seqlen_q)
-    programs = max(sequences, -(-tokens // block_q)) * sizes.kv_heads
-    splits = tuning.splits(q.device, config, programs=programs, keys=visible)
     partial, partial_lse = out, lse
-    if splits > 1:
-        partial = torch.empty(splits, tokens, heads, head_size, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(splits, heads, tokens, dtype=torch.float32, device=q.device)
-    encoding, k_cache, v_cache = arguments.encoding(k_cache, v_cache)
-    _paged_kernel[(blocks * sizes.kv_heads, splits)](
-        q, k_cache, v_cache, partial, partial_lse,
-        cu_seqlens_q, seqused_k, block_table, alibi_slopes, k_descale, v_descale,
-        sequences, tokens, softmax_scale, softcap, left, right,
-        q.stride(0), q.stride(1), partial.stride(-3), partial.stride(-2),
-        k_cache.stride(0), k_cache.stride(1), k_cache.stride(1 if layout == "SHUFFLE" else 2), block_table.stride(0),
-        *arguments.scale_strides(k_descale, v_descale),
-        KV_HEADS=sizes.kv_heads, GROUP=group, HEAD_SIZE=head_size, BLOCK_D=max(16, triton.next_power_of_2(head_size)),
-        PAGE=sizes.page, X=16 // k_cache.element_size(), BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=config.tile,
-        LEFT=left >= 0, RIGHT=right >= 0, SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None,
-        ENCODING=encoding, K_SCALES=arguments.granularity(k_descale), V_SCALES=arguments.granularity(v_descale),
-        SHUFFLED=layout == "SHUFFLE", SPLIT=splits > 1, CHAINED=splits > 1 and tuning.chained(),
-        LSE=partial_lse is not None, ONE_BLOCK=one_block, VALUE_DTYPE=TRITON_DTYPES[out.dtype], **config.options,
+    if plan.splits > 1:
+        partial = torch.empty(plan.splits, tokens, heads, head_size, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(plan.splits, heads, tokens, dtype=torch.float32, device=q.device)
+    _paged_kernel[(plan.blocks * sizes.kv_heads, plan.splits)](
+        *kernel_arguments(
+            plan, q, k_cache, v_cache, partial, partial_lse, cu_seqlens_q, seqused_k, block_table,
+            softmax_scale=softmax_scale, softcap=softcap, window=(left, right), alibi_slopes=alibi_slopes,
+            k_descale=k_descale, v_descale=v_descale, layout=layout, dtype=out.dtype,
+        ),
+        **plan.config.options,
     )  # fmt: skip
-    if splits > 1:
+    if plan.splits > 1:
         merge.merge(partial, partial_lse, out=out, lse=lse)
     return (out, lse) if return_lse else out
