@@ -39,6 +39,7 @@ class Cell:
     tree: Tree
     machine: Machine
     explicit: str | None  # name of the backend asked for by name, None for auto-selection
+    draft_tokens: tuple[int, ...] = ()  # with which EAGLE is to propose; none: it is not asked to
 
     def request(self) -> dict:
         """What the child process is told."""
@@ -47,7 +48,8 @@ class Cell:
             "fingerprint": self.tree.fingerprint,
             "environment": self.tree.environment,
         }
-        return {"tree": tree, "machine": asdict(self.machine), "explicit": self.explicit}
+        asked = {"explicit": self.explicit, "draft_tokens": list(self.draft_tokens)}
+        return {"tree": tree, "machine": asdict(self.machine)} | asked
 
     def key(self, context: str) -> str:
         """Name under which the answer is kept: equal keys mean the same question under the same conditions."""

@@ -21,7 +21,8 @@ def answer(request: dict) -> dict:
     """Answer one cell in this process, which must not have imported vLLM or AITER.
 
     Args:
-        request: `machine` (see Machine.to_json), `tree` with `folder`, `fingerprint` and `environment`, `explicit`.
+        request: `machine` (see Machine.to_json), `tree` with `folder`, `fingerprint` and `environment`, `explicit`,
+            `draft_tokens`.
     """
     machine = Machine(**request["machine"])
     tree = request["tree"]
@@ -46,4 +47,5 @@ def answer(request: dict) -> dict:
         native.watch_compilation()
     from aiterlab.probes.questions import Probe
 
-    return Probe(Path(tree["folder"]) / "vllm", request["explicit"], simulated=machine.simulated).answer()
+    package = Path(tree["folder"]) / "vllm"
+    return Probe(package, request["explicit"], request["draft_tokens"], simulated=machine.simulated).answer()

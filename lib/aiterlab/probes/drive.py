@@ -102,7 +102,7 @@ def run(layer, vllm_config, package: Path, dtype: torch.dtype, device: torch.dev
     Each entry is `{"outcome": "ok" | "wrong", "max_abs_error": …, "tolerance": …}` or an exception as a fact. The last
     entry, `gather_then_attend`, is the kernel test of the fix: the tree's own gather followed by AITER's attention.
     """
-    spec = _cache_spec(layer, vllm_config)
+    spec = cache_spec(layer, vllm_config)
     builder = layer.attn_backend.get_builder_cls()(spec, [layer.layer_name], vllm_config, device)
     answers = {}
     for seed, (name, lengths) in enumerate(BATCHES.items()):
@@ -125,11 +125,11 @@ def _attempt(name: str, package: Path, compute) -> dict:
 
 
 def _step(layer, builder, spec, batch: Batch, device: torch.device) -> tuple[float, float]:
-    cache = _empty_cache(layer.attn_backend, spec, device)
+    cache = empty_cache(layer.attn_backend, spec, device)
     if (cached := batch.cached()) is not None:
-        _write(layer, cache, *_on(device, *cached))
+        write(layer, cache, *_on(device, *cached))
     query, keys, values, slots = _on(device, batch.query, *batch.new())
-    metadata = builder.build(common_prefix_len=0, common_attn_metadata=_common_metadata(batch, slots, device))
+    metadata = builder.build(common_prefix_len=0, common_attn_metadata=common_metadata(batch, slots, device))
     if not getattr(layer.attn_backend, "forward_includes_kv_cache_update", True):
         layer.impl.do_kv_cache_update(layer, keys, values, cache, slots)
     output = torch.full_like(query, float("nan"))
@@ -146,9 +146,9 @@ def _gather_then_attend(layer, spec, batch: Batch, device: torch.device) -> tupl
     import aiter as rocm_aiter  # never under its own name, which is a builtin's
 
     backend = sys.modules[layer.impl.__class__.__module__]
-    cache = _empty_cache(layer.attn_backend, spec, device)
+    cache = empty_cache(layer.attn_backend, spec, device)
     for part in (batch.cached(), batch.new()):
-        _write(layer, cache, *_on(device, *part))
+        write(layer, cache, *_on(device, *part))
     key_cache, value_cache = _key_and_value(layer, cache)
     lengths = torch.tensor([context + new for context, new in batch.lengths], dtype=torch.int32, device=device)
     offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -189,7 +189,7 @@ def _offsets(batch: Batch) -> torch.Tensor:
     return torch.nn.functional.pad(new.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _common_metadata(batch: Batch, slots: torch.Tensor, device: torch.device):
+def common_metadata(batch: Batch, slots: torch.Tensor, device: torch.device):
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     lengths = torch.tensor([context + new for context, new in batch.lengths], dtype=torch.int32)
@@ -216,14 +216,14 @@ def _common_metadata(batch: Batch, slots: torch.Tensor, device: torch.device):
     return CommonAttentionMetadata(**{name: value for name, value in known.items() if name in fields})
 
 
-def _cache_spec(layer, vllm_config):
+def cache_spec(layer, vllm_config):
     spec = layer.get_kv_cache_spec(vllm_config)
     spec = dataclasses.replace(spec, block_size=PAGE)
     customize = getattr(layer.attn_backend, "customize_spec", None)
     return customize(spec) if customize else spec
 
 
-def _empty_cache(backend, spec, device: torch.device) -> torch.Tensor:
+def empty_cache(backend, spec, device: torch.device) -> torch.Tensor:
     """The KV cache in the shape and memory order that the tree's backend asks for; NaN where nothing is written."""
     if hasattr(backend, "get_kv_cache_shape"):
         shape = backend.get_kv_cache_shape(BLOCKS, PAGE, models.KV_HEADS, models.HEAD_SIZE)
@@ -249,7 +249,7 @@ def _shuffled() -> bool:
     return bool(getattr(rocm_aiter_ops, "is_shuffle_kv_cache_enabled", bool)())
 
 
-def _write(layer, cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+def write(layer, cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
     """Write tokens into the cache the way the tree's backend does."""
     if hasattr(layer.impl, "do_kv_cache_update"):
         layer.impl.do_kv_cache_update(layer, keys, values, cache, slots)

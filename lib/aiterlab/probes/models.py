@@ -10,6 +10,7 @@ from aiterlab import records
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64  # grouped-query attention with the smallest head size of the backend
 MAX_MODEL_LEN = 512  # tokens
+VOCABULARY = 512
 
 _LLAMA = {
     "model_type": "llama",
@@ -21,7 +22,7 @@ _LLAMA = {
     "num_key_value_heads": KV_HEADS,
     "num_hidden_layers": 1,
     "max_position_embeddings": MAX_MODEL_LEN,
-    "vocab_size": 512,
+    "vocab_size": VOCABULARY,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "torch_dtype": "float16",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aiterlab import hotfix, paths
 from aiterlab.machines import driver, ledger
-from aiterlab.probes import drive, failure, models
+from aiterlab.probes import drive, failure, models, proposer
 from aiterlab.probes.cells import EXPLICIT
 from aiterlab.probes.imports import ImportLedger
 
@@ -23,8 +23,11 @@ FA_UTILS_NAMES = ("flash_attn_varlen_func", "get_scheduler_metadata", "reshape_a
 class Probe:
     """One tree on one machine; `answer` asks everything in the order in which an engine would meet it."""
 
-    def __init__(self, package: Path, explicit: str | None, *, simulated: bool) -> None:
-        self.package, self.explicit, self.simulated = package, explicit, simulated
+    def __init__(
+        self, package: Path, explicit: str | None, draft_tokens: Sequence[int] = (), *, simulated: bool
+    ) -> None:
+        self.package, self.explicit, self.draft_tokens = package, explicit, draft_tokens
+        self.simulated = simulated
         self.imports = ImportLedger(package)
 
     def answer(self) -> dict:
@@ -38,6 +41,7 @@ class Probe:
             ("selection", self._selection),
             ("eagle", self._eagle),
             ("fa_utils", self._fa_utils),
+            *([("proposer", self._proposer)] if self.draft_tokens else []),
         ):
             facts[name] = self._ask(name, question)
         facts["aiter_imports"] = self.imports.entries
@@ -108,7 +112,7 @@ class Probe:
         from vllm.config import set_current_vllm_config
 
         config = self._engine_config()
-        device = torch.device("cpu" if self.simulated else "cuda")
+        device = self._device()
         with set_current_vllm_config(config), self._memory():
             with device:  # as vLLM constructs a model; what the probe makes itself says where it lives
                 layer = self._attention_layer(config)
@@ -160,19 +164,41 @@ class Probe:
 
     def _eagle(self) -> dict:
         """Construct the real EAGLE proposer and read which attention metadata it allows its draft."""
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.spec_decode.eagle import EagleProposer
+
+        config = self._eagle_config(draft_tokens=3)
+        with set_current_vllm_config(config), self._memory():
+            allowed = EagleProposer(config, self._device(), None).allowed_attn_types
+        names = None if allowed is None else [kind.__name__ for kind in allowed]
+        return {"allowed_metadata": names, "allows_aiter": names is None or "AiterFlashAttentionMetadata" in names}
+
+    def _proposer(self) -> dict:
+        """Let the real EAGLE proposer draft, once for each number of draft tokens, with the backend that was chosen."""
         import torch
         from vllm.config import set_current_vllm_config
         from vllm.v1.spec_decode.eagle import EagleProposer
 
+        proposals = {}
+        for count in self.draft_tokens:
+            config, device = self._eagle_config(count), self._device()
+            with set_current_vllm_config(config), self._memory():
+                with device:
+                    layer = self._attention_layer(config)
+                eagle = EagleProposer(config, device, None)
+                proposals[str(count)] = proposer.propose(layer, config, eagle, self.package, torch.float16, device)
+        return {"proposals": proposals}
+
+    def _eagle_config(self, draft_tokens: int):
         _, draft = models.write(paths.cache_dir() / "probe-models")
-        config = self._engine_config(
-            speculative_config={"method": "eagle", "model": draft, "num_speculative_tokens": 3}
+        return self._engine_config(
+            speculative_config={"method": "eagle", "model": draft, "num_speculative_tokens": draft_tokens}
         )
-        with set_current_vllm_config(config), self._memory():
-            proposer = EagleProposer(config, torch.device("cpu" if self.simulated else "cuda"), None)
-        allowed = proposer.allowed_attn_types
-        names = None if allowed is None else [kind.__name__ for kind in allowed]
-        return {"allowed_metadata": names, "allows_aiter": names is None or "AiterFlashAttentionMetadata" in names}
+
+    def _device(self):
+        import torch
+
+        return torch.device("cpu" if self.simulated else "cuda")
 
     def _fa_utils(self) -> dict:
         """Which names the shared module of the flash-attention backends has, and which reach FlashAttention's own."""
