@@ -36,6 +36,11 @@ def notebooks_dir() -> Path:
     return project_root() / "notebooks"
 
 
+def models_dir() -> Path:
+    """Return the folder of the bundled target, its drafts and their held-out texts."""
+    return project_root() / "models"
+
+
 def results_dir() -> Path:
     """Return the folder under which every run leaves one folder of its own."""
     return project_root() / "results"
