@@ -18,6 +18,8 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 STANDARD_TREES = ("release:0.15.1", "regressed", "release:0.16.0", "release:0.32.0")
 
+SHAPE_CELLS = ("8b:1x128", "8b:1x2048", "8b:8x2048", "8b:64x128", "8b:1x16384", "8b:1x32768")
+
 ROWS = (
     Row(
         stem="01_reproduce_regression",
@@ -60,6 +62,35 @@ ROWS = (
             },
             "standard": {},
             "full": {"profile": "full", "rounds": 50, "architectures": ["gfx942", "gfx950", "gfx90a", "gfx1100"]},
+        },
+    ),
+    Row(
+        stem="05_run_eagle_spec_decode",
+        minutes=5,
+        needs="any CPU, 8 GB memory; full: a GPU, 80 GB of its memory",
+        profiles={
+            "smoke": {
+                "profile": "smoke",
+                "draft_tokens": [2],
+                "count": 4,
+                "output_tokens": 24,
+                "samples": 100,
+                "rounds": 1,
+                "cells": ["1x128"],
+                "accuracy": {"aiterlab_arithmetic": 10},
+                "trees": ["regressed", "release:0.16.0"],
+            },
+            "standard": {},
+            "full": {
+                "profile": "full",
+                "draft_tokens": [1, 2, 3, 4, 5, 6, 7],
+                "count": 64,
+                "output_tokens": 192,
+                "temperatures": [0.0, 0.7, 1.0],
+                "samples": 1000,
+                "cells": ["1x128", "8x128", "64x128", *SHAPE_CELLS],
+                "accuracy": {"aiterlab_arithmetic": 200},
+            },
         },
     ),
 )

@@ -4,16 +4,30 @@
 from aiterlab.plots.backends import VERDICTS, accuracy, truth_table
 from aiterlab.plots.kernels import error, latency, throughput, two_step
 from aiterlab.plots.occupancy import occupancy
+from aiterlab.plots.spec_decode import (
+    acceptance_by_position,
+    backend_throughput,
+    speedup_by_draft_tokens,
+    speedup_map,
+    step_components,
+    tokens_per_step,
+)
 from aiterlab.plots.style import save
 
 __all__ = [
     "VERDICTS",
+    "acceptance_by_position",
     "accuracy",
+    "backend_throughput",
     "error",
     "latency",
     "occupancy",
     "save",
+    "speedup_by_draft_tokens",
+    "speedup_map",
+    "step_components",
     "throughput",
+    "tokens_per_step",
     "truth_table",
     "two_step",
 ]

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast does each engine decode, at every batch and context, and what speed-up is that over vanilla?
+
+Several engines are alive at once and take turns, so a clock that drifts drifts for all. A cell is a batch of requests
+with a context. Its prompts are random token ids; prefix caching keeps their keys, so a prompt is computed once per
+engine and a round is decode alone. Rounds without marks are what counts; one more round with marks (`steps`) says where
+a step's time goes, and is what the cost model predicts the others from.
+
+Two speeds are told apart. `decode_tok_s` is tokens over time as they came. Requests of a batch end at different steps
+when acceptance is a matter of chance, so `steady_tok_s` is that of the median step with the whole batch in it: batch x
+tokens per step / step. Speed-ups are ratios of the steady one, within a group of engines that were alive together.
+
+With weights that are random, acceptance cannot be real. vLLM then draws it from given rates per position ("synthetic"
+rejection sampling): step times are measured, acceptance is assumed, and every row says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aiterlab.spec_decode import cost
+from aiterlab.spec_decode.cost import Components
+from aiterlab.spec_decode.engine import EngineSpec, Request
+from aiterlab.spec_decode.steps import PARTS
+
+# Llama-3.1-8B and its EAGLE-3 head in bfloat16. Keys and values: 33 layers x 8 heads x 128 x 2 x 2 bytes.
+TARGET_BYTES, DRAFT_BYTES, KV_TOKEN_BYTES = 16_060_522_496, 900_000_000, 135_168
+OVERHEAD_BYTES = 3_000_000_000  # a CUDA context, activations of the longest prefill step, graphs
+USABLE = 0.95  # share of the GPU's memory that a group of engines may plan with
+SLACK_TOKENS = 64  # of a sequence, beside context and output: draft tokens, and blocks that are not full
+RANDOM_IDS = (1_000, 3_000)  # ids that any vocabulary of the suite has, special tokens aside
+
+Cell = tuple[int, int]  # sequences, tokens of context of each
+Row = dict[str, Any]
+SPEED = ("decode_tok_s", "steady_tok_s", "step_ms", "step_p20_ms", "step_p80_ms")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Engines that are alive together, and the cells that they take turns at."""
+
+    name: str
+    specs: tuple[EngineSpec, ...]
+    cells: tuple[Cell, ...]
+
+
+def plan(
+    target: str,
+    draft: str,
+    *,
+    memory_bytes: int,
+    draft_tokens: Sequence[int] = (1, 2, 3, 4, 5, 6, 7),
+    cells: Sequence[Cell] = ((1, 128), (1, 2048), (1, 16384), (1, 32768), (8, 2048), (64, 128)),
+    backend: str | None = "FLASH_ATTN",
+    backends: Sequence[str] = ("FLASH_ATTN", "TRITON_ATTN", "SUITE_PAGED"),
+    backend_cells: Sequence[Cell] = ((1, 16384), (1, 32768)),
+    backend_draft_tokens: int = 4,
+    output_tokens: int = 192,
+    method: str = "eagle3",
+) -> tuple[Group, ...]:
+    """Divide the study of the 8B shape into groups of engines that fit in the GPU's memory at once.
+
+    Vanilla is in every group, since speed-ups are taken within one.
+
+    Raises:
+        ValueError: vanilla and one more engine do not fit.
+    """
+
+    def spec(k: int, name: str | None, where: Sequence[Cell]) -> EngineSpec:
+        kv_tokens = max(batch * (context + output_tokens + SLACK_TOKENS) for batch, context in where)
+        batches = sorted({batch for batch, _ in where})
+        kind = f"{method} K={k}" if k else "vanilla"
+        return EngineSpec(
+            name=f"{kind} {name}" if name else kind,
+            target=target,
+            method=method if k else "vanilla",
+            draft=draft if k else None,
+            draft_tokens=k,
+            backend=name,
+            dtype="bfloat16",
+            max_model_len=max(context for _, context in where) + output_tokens + SLACK_TOKENS,
+            max_num_seqs=max(batches),
+            max_num_batched_tokens=8192,
+            kv_cache_bytes=(kv_tokens + 1024) * KV_TOKEN_BYTES,
+            load_format="dummy",
+            synthetic_acceptance=cost.published_rates(method, k) if k else None,
+            cudagraph_batch_sizes=tuple(batches),
+            prefix_caching=True,
+            async_scheduling=None,  # vLLM's choice, as in service
+        )
+
+    groups = []
+    room = int(memory_bytes * USABLE)
+    vanilla = spec(0, backend, cells)
+    remaining = [spec(k, backend, cells) for k in draft_tokens]
+    while remaining:
+        held = [vanilla]
+        while remaining and engine_bytes(*held, remaining[0]) <= room:
+            held.append(remaining.pop(0))
+        if len(held) == 1:
+            raise ValueError(
+                f"vanilla and {remaining[0].name} need {engine_bytes(vanilla, remaining[0]) / 2**30:.0f} GiB, "
+                f"{room / 2**30:.0f} GiB may be used: leave out the largest cells"
+            )
+        names = [str(one.draft_tokens) for one in held[1:]]
+        groups.append(Group(f"K = {', '.join(names)}", tuple(held), tuple(cells)))
+    if backends:
+        held = [spec(0, backends[0], backend_cells)]
+        held += [spec(backend_draft_tokens, name, backend_cells) for name in backends]
+        extra = [spec(0, name, backend_cells) for name in reversed(backends[1:])]
+        held += itertools.takewhile(lambda one: engine_bytes(*held, one) <= room, extra[:1])
+        groups.append(Group("backends", tuple(held), tuple(backend_cells)))
+    return tuple(groups)
+
+
+def engine_bytes(*specs: EngineSpec) -> int:
+    """Say what engines of the 8B shape take of a GPU's memory together, about."""
+    return sum(
+        TARGET_BYTES + (DRAFT_BYTES if spec.draft else 0) + spec.kv_cache_bytes + OVERHEAD_BYTES for spec in specs
+    )
+
+
+def requests(cell: Cell, seed: int = 0) -> tuple[Request, ...]:
+    """Make a cell's prompts: random ids, no two with a common beginning."""
+    batch, context = cell
+    made = []
+    for i in range(batch):
+        generator = random.Random(f"{seed} {i} {context}")
+        tokens = (RANDOM_IDS[0] + i, *(generator.randrange(*RANDOM_IDS) for _ in range(context - 1)))
+        made.append(Request(id=f"{i}", task="random ids", token_ids=tokens))
+    return tuple(made)
+
+
+def measure(
+    engines: Mapping[str, Any],
+    cells: Iterable[Cell],
+    *,
+    rounds: int = 3,
+    output_tokens: int = 192,
+    group: str = "",
+    seed: int = 0,
+    prompts_of: Callable[[Cell], Sequence[Request]] = requests,
+    temperature: float = 0.0,
+    marked: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Let living engines take turns at every cell; one row for each engine, cell and round.
+
+    Args:
+        engines: name to `Engine`; ready, or getting ready
+        rounds: without marks; before them each engine has one that is not counted
+        group: name of this set of engines, for the rows
+        seed: of the prompts
+        prompts_of: makes a cell's prompts; random ids if not given
+        marked: add a round with marks, for the parts of a step
+        progress: called with the number of cells done and of all
+
+    Raises:
+        EngineError: an engine failed.
+    """
+    cells, rows = list(cells), []
+    facts = {name: engine.wait_ready() for name, engine in engines.items()}
+    for done, cell in enumerate(cells):
+        able = {}
+        for name, engine in engines.items():
+            if reason := refusal(engine.spec, facts[name].kv_cache_tokens, cell, output_tokens):
+                rows.append(_row(group, engine.spec, cell, reason=reason))
+            else:
+                able[name] = engine
+        prompts = prompts_of(cell)
+        # No seed for sampling: a generator for each request would cost every step time, and repeat the same draws.
+        options = {"temperature": temperature, "ignore_eos": True}
+        for engine in able.values():
+            engine.generate(prompts, max_tokens=32, **options)  # computes the prompts, and compiles what is missing
+        for turn in range(rounds + marked):
+            order = list(able)
+            shift = turn % max(1, len(order))
+            for name in order[shift:] + order[:shift]:
+                with_marks = turn == rounds
+                found = able[name].generate(prompts, max_tokens=output_tokens, breakdown=with_marks, **options)
+                rows.append(_measured(group, able[name].spec, cell, turn, with_marks, found))
+        if progress:
+            progress(done + 1, len(cells))
+    return rows
+
+
+def refusal(spec: EngineSpec, kv_cache_tokens: int, cell: Cell, output_tokens: int) -> str | None:
+    """Say why an engine cannot take a cell, if it cannot."""
+    batch, context = cell
+    length = context + output_tokens + SLACK_TOKENS
+    if batch > spec.max_num_seqs:
+        return f"{batch} sequences, the engine takes {spec.max_num_seqs}"
+    if length > spec.max_model_len:
+        return f"{length} tokens a sequence, the engine takes {spec.max_model_len}"
+    if batch * length > kv_cache_tokens:
+        return f"{batch * length} tokens, the KV cache holds {kv_cache_tokens}"
+    return None
+
+
+def summary(rows: Iterable[Row]) -> list[Row]:
+    """One row for each engine and cell: medians over the rounds, their spread, and the speed-up over vanilla.
+
+    Vanilla is that of the same group, with the same backend where there is one. Parts are of the round with marks.
+    """
+    collected: dict[tuple, list[Row]] = {}
+    for row in rows:
+        collected.setdefault((row["group"], row["engine"], row["batch"], row["context"]), []).append(row)
+    table = []
+    for members in collected.values():
+        plain = [row for row in members if row["step_ms"] is not None and not row["marked"]]
+        marked = next((row for row in members if row["marked"] and row["step_ms"] is not None), {})
+        steady = [row["steady_tok_s"] for row in plain]
+        table.append(
+            {name: members[0][name] for name in (*_WHO, "acceptance", "assumed_rates", "reason")}
+            | {name: _median(row[name] for row in plain) for name in (*SPEED, "tokens_per_step")}
+            | {"steady_p20_tok_s": _quantile(steady, 0.2), "steady_p80_tok_s": _quantile(steady, 0.8)}
+            | {"rates": _mean_rates(plain), "rounds": len(plain)}
+            | {f"marked_{name}": marked.get(name) for name in ("step_ms", *PARTS)}
+        )
+    for row in table:
+        base = _vanilla(row, table)
+        known = base and row["steady_tok_s"] is not None and base["steady_tok_s"] is not None
+        row["speed_up"] = row["steady_tok_s"] / base["steady_tok_s"] if known else None
+        # What the step would give at exactly the assumed acceptance, without the luck of the draw.
+        assumed = cost.expected_tokens(row["assumed_rates"]) if row["assumed_rates"] else row["tokens_per_step"]
+        row["speed_up_as_assumed"] = assumed * base["step_ms"] / row["step_ms"] if known and assumed else None
+    return table
+
+
+def compare(table: Iterable[Row]) -> list[Row]:
+    """Hold the cost model against `summary`'s rows: for each backend, method and cell, one row for each K.
+
+    Rates are those that came out in the rounds without marks, so the luck of their draw is no error of the model.
+    """
+    collected: dict[tuple, list[Row]] = {}
+    for row in table:
+        if row["step_ms"] is not None:
+            collected.setdefault((row["backend"], row["batch"], row["context"]), []).append(row)
+    compared = []
+    for (backend, batch, context), members in collected.items():
+        for method in sorted({row["method"] for row in members if row["K"]}):
+            # A K that several groups have had is taken from the first; vanilla is the median of all of them.
+            drafted = {row["K"]: row for row in reversed(members) if row["method"] == method}
+            measured = {k: parts for k, row in drafted.items() if (parts := _components([row]))}
+            vanilla = _components([row for row in members if not row["K"]])
+            speed = {k: row["speed_up"] for k, row in drafted.items() if k in measured and row["speed_up"]}
+            if vanilla is None or not speed:
+                continue
+            rates = {k: drafted[k]["rates"] for k in speed}
+            for row in cost.compare({0: vanilla} | measured, rates, {0: 1.0} | speed):
+                where = {"backend": backend, "method": method, "batch": batch, "context": context}
+                compared.append(where | {"acceptance": drafted[row["K"]]["acceptance"]} | row)
+    return compared
+
+
+def best_draft_tokens(table: Iterable[Row], *, by: str = "speed_up") -> dict[tuple, int | None]:
+    """Name the fastest K of each method, backend, batch and context; 0 where vanilla is faster."""
+    found: dict[tuple, dict[int, float]] = {}
+    for row in table:
+        if row["K"] and row[by]:
+            found.setdefault((row["method"], row["backend"], row["batch"], row["context"]), {})[row["K"]] = row[by]
+    return {key: cost.best(speed_ups) for key, speed_ups in found.items()}
+
+
+def against_backends(table: Iterable[Row], ours: str = "SUITE_PAGED") -> list[Row]:
+    """Divide our backend's tokens per second by each other backend's, at the same method, K and cell of a group."""
+    rows = [row for row in table if row["step_ms"] is not None]
+    same = ("group", "method", "K", "batch", "context")
+    ratios = []
+    for own, other in itertools.product(rows, rows):
+        if own["backend"] != ours or other["backend"] == ours or any(own[name] != other[name] for name in same):
+            continue
+        ratios.append(
+            {name: own[name] for name in same}
+            | {"backend": ours, "other": other["backend"], "acceptance": own["acceptance"]}
+            | {"ours_tok_s": own["steady_tok_s"], "other_tok_s": other["steady_tok_s"]}
+            | {"ratio": own["steady_tok_s"] / other["steady_tok_s"]}
+            # With acceptance drawn anew in each round, steps compare what the backends do.
+            | {"ours_step_ms": own["step_ms"], "other_step_ms": other["step_ms"]}
+            | {"step_ratio": other["step_ms"] / own["step_ms"]}
+        )
+    return ratios
+
+
+_WHO = ("group", "engine", "method", "K", "backend", "batch", "context")
+_RUN = ("round", "marked", "tokens", "wall_s", "prefill_s")
+
+
+def _row(group: str, spec: EngineSpec, cell: Cell, *, reason: str | None = None, **values) -> Row:
+    """A row of which only what is given is known."""
+    who = (group, spec.name, spec.method, spec.draft_tokens, spec.backend, *cell)
+    assumed = spec.synthetic_acceptance
+    unknown = (*_RUN, *SPEED, "tokens_per_step", "rates", "step_samples_ms", *PARTS)
+    return (
+        dict(zip(_WHO, who, strict=True))
+        | {"acceptance": ("assumed" if assumed else "measured") if spec.draft_tokens else None}
+        | {"assumed_rates": tuple(assumed) if assumed else None, "reason": reason}
+        | dict.fromkeys(unknown)
+        | values
+    )
+
+
+def _measured(group: str, spec: EngineSpec, cell: Cell, turn: int, marked: bool, found) -> Row:
+    batch = cell[0]
+    tokens = found.tokens
+    steps = [step for step, sequences in zip(found.steps_ms, found.steps_sequences, strict=True) if sequences == batch]
+    per_step = (found.counters.acceptance_length or None) if spec.draft_tokens else 1.0
+    step = _median(steps)
+    parts = found.components or {}
+    return _row(
+        group,
+        spec,
+        cell,
+        round=turn,
+        marked=marked,
+        tokens=tokens,
+        wall_s=found.wall_s,
+        prefill_s=found.prefill_s,
+        decode_tok_s=(tokens - batch) / found.decode_s if found.decode_s else None,  # a prompt gives the first one
+        steady_tok_s=batch * per_step / step * 1e3 if per_step and step else None,
+        step_ms=step,
+        step_p20_ms=_quantile(steps, 0.2),
+        step_p80_ms=_quantile(steps, 0.8),
+        tokens_per_step=per_step,
+        rates=tuple(found.counters.per_position_rates) if per_step and spec.draft_tokens else None,
+        step_samples_ms=[round(sample, 3) for sample in steps],
+        **{name: parts.get(name) for name in PARTS},
+    )
+
+
+def _components(rows: Sequence[Row]) -> Components | None:
+    """Parts of a step, the median over rows; None where no row has them."""
+    known = [row for row in rows if row["marked_step_ms"] is not None and row["marked_verify_ms"] is not None]
+    return Components(*(_median(row[f"marked_{name}"] for row in known) for name in PARTS)) if known else None
+
+
+def _vanilla(row: Row, table: Sequence[Row]) -> Row | None:
+    same = [
+        other
+        for other in table
+        if not other["K"] and all(other[name] == row[name] for name in ("group", "batch", "context"))
+    ]
+    return next((other for other in same if other["backend"] == row["backend"]), same[0] if same else None)
+
+
+def _mean_rates(rows: Sequence[Row]) -> tuple[float, ...] | None:
+    known = [row["rates"] for row in rows if row["rates"]]
+    return tuple(statistics.fmean(column) for column in zip(*known, strict=True)) if known else None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _quantile(values: Sequence[float | None], share: float) -> float | None:
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return None
+    place = share * (len(known) - 1)
+    low = int(place)
+    high = min(low + 1, len(known) - 1)
+    return known[low] + (known[high] - known[low]) * (place - low)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's plan, turns and tables, on engines that only claim to decode."""
+
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+from aiterlab.spec_decode import cost, latency
+from aiterlab.spec_decode.engine import EngineSpec
+from aiterlab.spec_decode.metrics import Counters
+
+GIB = 2**30
+H200 = 139 * GIB
+
+
+class PretendEngine:
+    """An engine whose steps take what the cost model says, and which notes who was asked when."""
+
+    asked: ClassVar[list[tuple[str, bool]]] = []
+
+    def __init__(self, spec, kv_cache_tokens=40_000, factor=1.0):
+        self.spec, self.kv_cache_tokens, self.factor = spec, kv_cache_tokens, factor
+
+    def wait_ready(self):
+        return SimpleNamespace(kv_cache_tokens=self.kv_cache_tokens)
+
+    def generate(self, requests, *, max_tokens, breakdown=False, **options):
+        type(self).asked.append((self.spec.name, breakdown))
+        k = self.spec.draft_tokens
+        parts = {"draft_ms": 0.3 * k, "verify_ms": 4.0 * self.factor, "sample_ms": 0.2, "host_ms": 0.5}
+        step = sum(parts.values())
+        rates = self.spec.synthetic_acceptance or ()
+        count = 100
+        return SimpleNamespace(
+            tokens=max_tokens * len(requests),
+            steps_ms=(step,) * count + (0.001,),  # a last step of one sequence alone
+            steps_sequences=(len(requests),) * count + (len(requests) - 1,),
+            wall_s=1.0,
+            prefill_s=0.1,
+            decode_s=count * step / 1e3,
+            counters=Counters(100, 100 * k, round(100 * sum(rates)), tuple(round(100 * rate) for rate in rates)),
+            components=parts if breakdown else None,
+        )
+
+
+def spec(k, backend="FLASH_ATTN", **changes):
+    fields = {
+        "name": f"K={k} {backend}",
+        "target": "t",
+        "method": "eagle3" if k else "vanilla",
+        "draft": "d" if k else None,
+        "draft_tokens": k,
+        "backend": backend,
+        "max_model_len": 20_000,
+        "max_num_seqs": 8,
+        "synthetic_acceptance": (0.8, 0.6, 0.4, 0.3)[:k] if k else None,
+    }
+    return EngineSpec(**fields | changes)
+
+
+def engines(*specs, **options):
+    PretendEngine.asked = []
+    return {one.name: PretendEngine(one, **options) for one in specs}
+
+
+def test_groups_fit_and_each_has_vanilla():
+    groups = latency.plan("t", "d", memory_bytes=H200)
+    assert [group.name for group in groups] == ["K = 1, 2, 3, 4", "K = 5, 6, 7", "backends"]
+    for group in groups:
+        assert latency.engine_bytes(*group.specs) <= H200 * latency.USABLE
+        assert any(one.draft_tokens == 0 for one in group.specs)
+        assert len({one.name for one in group.specs}) == len(group.specs)
+        for cell in group.cells:
+            for one in group.specs:
+                tokens = one.kv_cache_bytes // latency.KV_TOKEN_BYTES
+                assert latency.refusal(one, tokens, cell, 192) is None
+    compared = {(one.draft_tokens, one.backend) for one in groups[-1].specs}
+    assert {(4, "FLASH_ATTN"), (4, "TRITON_ATTN"), (4, "SUITE_PAGED"), (0, "FLASH_ATTN")} <= compared
+    assert all(one.load_format == "dummy" for group in groups for one in group.specs)
+
+
+def test_a_smaller_gpu_has_more_groups_and_a_tiny_one_none():
+    assert len(latency.plan("t", "d", memory_bytes=79 * GIB, backends=())) > 2
+    with pytest.raises(ValueError, match="may be used"):
+        latency.plan("t", "d", memory_bytes=24 * GIB)
+
+
+def test_prompts_have_no_common_beginning():
+    prompts = latency.requests((3, 50))
+    assert [len(request.token_ids) for request in prompts] == [50] * 3
+    assert len({request.token_ids[:1] for request in prompts}) == 3
+    assert prompts == latency.requests((3, 50))
+    assert prompts != latency.requests((3, 50), seed=1)
+
+
+def test_engines_take_turns_and_marks_come_last():
+    latency.measure(engines(spec(0), spec(2)), [(1, 100)], rounds=2, output_tokens=16)
+    first, second = spec(0).name, spec(2).name
+    assert PretendEngine.asked[:2] == [(first, False), (second, False)]  # not counted
+    assert PretendEngine.asked[2:] == [
+        (first, False), (second, False), (second, False), (first, False), (first, True), (second, True),
+    ]  # fmt: skip
+
+
+def test_cells_that_do_not_fit_are_skipped_with_the_reason():
+    rows = latency.measure(
+        engines(spec(0), kv_cache_tokens=15_000), [(1, 19_990), (16, 10), (2, 10_000)], rounds=1, output_tokens=16
+    )
+    assert [row["reason"] for row in rows] == [
+        "20070 tokens a sequence, the engine takes 20000",
+        "16 sequences, the engine takes 8",
+        "20160 tokens, the KV cache holds 15000",
+    ]
+    assert all(row["step_ms"] is None for row in rows)
+    assert PretendEngine.asked == []
+
+
+def test_speed_ups_are_those_of_the_whole_batch_within_a_group():
+    rows = latency.measure(engines(spec(0), spec(2)), [(4, 100)], rounds=3, output_tokens=16, group="g")
+    table = {row["K"]: row for row in latency.summary(rows)}
+    assert table[0]["speed_up"] == 1
+    assert table[2]["tokens_per_step"] == pytest.approx(2.4)
+    assert table[2]["speed_up"] == pytest.approx(2.4 * 4.7 / 5.3)
+    assert table[2]["speed_up_as_assumed"] == pytest.approx(2.4 * 4.7 / 5.3)
+    assert (table[0]["acceptance"], table[2]["acceptance"]) == (None, "assumed")
+    assert table[2]["rounds"] == 3  # the one with marks is not among them
+    assert table[2]["marked_draft_ms"] == pytest.approx(0.6)
+
+
+def test_the_cost_model_is_held_against_unmarked_rounds():
+    rows = latency.measure(engines(*(spec(k) for k in range(5))), [(1, 100)], rounds=1, output_tokens=16)
+    compared = latency.compare(latency.summary(rows))
+    assert [row["K"] for row in compared] == [1, 2, 3, 4]
+    assert all(abs(row["relative_error"]) < 1e-9 for row in compared)
+    slow = [
+        row | {"steady_tok_s": row["steady_tok_s"] / 2} if row["K"] == 3 and not row["marked"] else row for row in rows
+    ]
+    assert latency.compare(latency.summary(slow))[2]["relative_error"] == pytest.approx(1.0)
+    assert latency.best_draft_tokens(latency.summary(rows)) == {("eagle3", "FLASH_ATTN", 1, 100): 4}
+
+
+def test_backends_are_divided_at_the_same_k_alone():
+    living = engines(spec(0), spec(4), spec(4, "TRITON_ATTN"), spec(4, "SUITE_PAGED"))
+    living[spec(4, "TRITON_ATTN").name].factor = 10
+    table = latency.summary(latency.measure(living, [(1, 16384)], rounds=1, output_tokens=16))
+    ratios = {row["other"]: row["ratio"] for row in latency.against_backends(table)}
+    assert ratios == {"FLASH_ATTN": pytest.approx(1.0), "TRITON_ATTN": pytest.approx(41.9 / 5.9)}
+    # Without vanilla of its own backend, an engine is compared with the group's.
+    slow = next(row for row in table if row["backend"] == "TRITON_ATTN")
+    assert slow["speed_up"] == pytest.approx(3.1 * 4.7 / 41.9)
+
+
+def test_published_rates_are_what_the_plan_assumes():
+    (group,) = latency.plan("t", "d", memory_bytes=H200, draft_tokens=(3,), backends=())
+    assert group.specs[1].synthetic_acceptance == cost.published_rates("eagle3", 3)
