@@ -18,7 +18,7 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 STANDARD_TREES = ("release:0.15.1", "regressed", "release:0.16.0", "release:0.32.0")
 
-SHAPE_CELLS = ("8b:1x128", "8b:1x2048", "8b:8x2048", "8b:64x128", "8b:1x16384", "8b:1x32768")
+SHAPE_CELLS = ("8b:1x128", "8b:8x2048", "8b:64x128", "8b:1x16384", "8b:1x32768")
 
 ROWS = (
     Row(
@@ -86,9 +86,9 @@ ROWS = (
                 "draft_tokens": [1, 2, 3, 4, 5, 6, 7],
                 "count": 64,
                 "output_tokens": 192,
-                "temperatures": [0.0, 0.7, 1.0],
                 "samples": 1000,
-                "cells": ["1x128", "8x128", "64x128", *SHAPE_CELLS],
+                "rounds": 2,  # the starts of engines dominate: about 8 minutes on an H200 with 16 cores
+                "cells": ["1x128", "64x128", *SHAPE_CELLS],
                 "accuracy": {"aiterlab_arithmetic": 200},
             },
         },

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from aiterlab.spec_decode import cost, latency
-from aiterlab.spec_decode.engine import EngineSpec
+from aiterlab.spec_decode.engine import EngineSpec, llm_arguments
 from aiterlab.spec_decode.metrics import Counters
 
 GIB = 2**30
@@ -66,7 +66,7 @@ def engines(*specs, **options):
 
 def test_groups_fit_and_each_has_vanilla():
     groups = latency.plan("t", "d", memory_bytes=H200)
-    assert [group.name for group in groups] == ["K = 1, 2, 3, 4", "K = 5, 6, 7", "backends"]
+    assert [group.name for group in groups] == ["backends", "K = 1, 2, 3, 4", "K = 5, 6, 7"]
     for group in groups:
         assert latency.engine_bytes(*group.specs) <= H200 * latency.USABLE
         assert any(one.draft_tokens == 0 for one in group.specs)
@@ -75,9 +75,20 @@ def test_groups_fit_and_each_has_vanilla():
             for one in group.specs:
                 tokens = one.kv_cache_bytes // latency.KV_TOKEN_BYTES
                 assert latency.refusal(one, tokens, cell, 192) is None
-    compared = {(one.draft_tokens, one.backend) for one in groups[-1].specs}
+    compared = {(one.draft_tokens, one.backend) for one in groups[0].specs}
     assert {(4, "FLASH_ATTN"), (4, "TRITON_ATTN"), (4, "SUITE_PAGED"), (0, "FLASH_ATTN")} <= compared
     assert all(one.load_format == "dummy" for group in groups for one in group.specs)
+
+
+def test_engines_of_the_shape_can_share_compiled_code():
+    every = [one for group in latency.plan("t", "d", memory_bytes=H200) for one in group.specs]
+    alike = {(one.max_model_len, one.kv_cache_bytes, one.max_num_batched_tokens) for one in every}
+    graphs = {
+        tuple(llm_arguments(one)["compilation_config"]["cudagraph_capture_sizes"]) for one in every if one.draft_tokens
+    }
+    assert len(alike) == len(graphs) == 1
+    for one in every:  # each finds the batches of its own verification among them
+        assert {n * (one.draft_tokens + 1) for n in one.cudagraph_batch_sizes} <= set(*graphs)
 
 
 def test_a_smaller_gpu_has_more_groups_and_a_tiny_one_none():

@@ -60,6 +60,7 @@ class EngineSpec:
     synthetic_acceptance: tuple[float, ...] | None = None  # unconditional rate of each position, instead of verifying
     cuda_graphs: bool = True  # a CPU always runs without
     cudagraph_batch_sizes: tuple[int, ...] = ()  # numbers of sequences to capture graphs for; (): vLLM's own
+    cudagraph_draft_tokens: tuple[int, ...] = ()  # every K to capture for: engines alike in it share compiled code
     async_scheduling: bool | None = None  # True: the next step is scheduled while one runs; None: vLLM's choice
     tensor_parallel: int = 1
     seed: int = 0
@@ -186,7 +187,8 @@ def llm_arguments(spec: EngineSpec) -> dict[str, Any]:
     compilation: dict[str, Any] = {}
     if spec.cuda_graphs and spec.cudagraph_batch_sizes:
         # Verification of n sequences has n (K + 1) tokens, and so has the draft's first pass; its other passes have n.
-        tokens = {n * k for n in spec.cudagraph_batch_sizes for k in (1, spec.draft_tokens + 1)}
+        lengths = {0, spec.draft_tokens, *spec.cudagraph_draft_tokens}
+        tokens = {n * (k + 1) for n in spec.cudagraph_batch_sizes for k in lengths}
         compilation["cudagraph_capture_sizes"] = sorted(tokens)
     arguments = {
         "model": spec.target,

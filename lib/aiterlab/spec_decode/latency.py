@@ -65,15 +65,18 @@ def plan(
 ) -> tuple[Group, ...]:
     """Divide the study of the 8B shape into groups of engines that fit in the GPU's memory at once.
 
-    Vanilla is in every group, since speed-ups are taken within one.
+    Vanilla is in every group, since speed-ups are taken within one. The backends come first, and all engines have the
+    same room and the same graphs: vLLM then finds compiled code of this group again in the others, whatever their K.
 
     Raises:
         ValueError: vanilla and one more engine do not fit.
     """
 
-    def spec(k: int, name: str | None, where: Sequence[Cell]) -> EngineSpec:
-        kv_tokens = max(batch * (context + output_tokens + SLACK_TOKENS) for batch, context in where)
-        batches = sorted({batch for batch, _ in where})
+    where = (*cells, *(backend_cells if backends else ()))
+    kv_tokens = max(batch * (context + output_tokens + SLACK_TOKENS) for batch, context in where)
+    batches = sorted({batch for batch, _ in where})
+
+    def spec(k: int, name: str | None) -> EngineSpec:
         kind = f"{method} K={k}" if k else "vanilla"
         return EngineSpec(
             name=f"{kind} {name}" if name else kind,
@@ -90,14 +93,20 @@ def plan(
             load_format="dummy",
             synthetic_acceptance=cost.published_rates(method, k) if k else None,
             cudagraph_batch_sizes=tuple(batches),
+            cudagraph_draft_tokens=tuple(sorted({*draft_tokens, *((backend_draft_tokens,) if backends else ())})),
             prefix_caching=True,
             async_scheduling=None,  # vLLM's choice, as in service
         )
 
     groups = []
     room = int(memory_bytes * USABLE)
-    vanilla = spec(0, backend, cells)
-    remaining = [spec(k, backend, cells) for k in draft_tokens]
+    if backends:
+        held = [spec(0, backends[0]), *(spec(backend_draft_tokens, name) for name in backends)]
+        extra = [spec(0, name) for name in reversed(backends[1:])]
+        held += itertools.takewhile(lambda one: engine_bytes(*held, one) <= room, extra[:1])
+        groups.append(Group("backends", tuple(held), tuple(backend_cells)))
+    vanilla = spec(0, backend)
+    remaining = [spec(k, backend) for k in draft_tokens]
     while remaining:
         held = [vanilla]
         while remaining and engine_bytes(*held, remaining[0]) <= room:
@@ -109,12 +118,6 @@ def plan(
             )
         names = [str(one.draft_tokens) for one in held[1:]]
         groups.append(Group(f"K = {', '.join(names)}", tuple(held), tuple(cells)))
-    if backends:
-        held = [spec(0, backends[0], backend_cells)]
-        held += [spec(backend_draft_tokens, name, backend_cells) for name in backends]
-        extra = [spec(0, name, backend_cells) for name in reversed(backends[1:])]
-        held += itertools.takewhile(lambda one: engine_bytes(*held, one) <= room, extra[:1])
-        groups.append(Group("backends", tuple(held), tuple(backend_cells)))
     return tuple(groups)
 
 

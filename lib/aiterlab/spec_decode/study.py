@@ -289,10 +289,12 @@ class Study:
         target = models.llama_3_1_8b_shape(scratch / "target")
         draft = models.eagle3_head_shape(scratch / "eagle3")
         names = tuple(one.backend for one in backends.here() if one.available.holds and one.backend)
+        long = [cell for cell in wanted if cell[1] >= LONG]
+        every_k = [cell for cell in wanted if cell not in long[:-1]]  # of the long contexts the last says enough
         groups = latency.plan(
             str(target), str(draft), memory_bytes=torch.cuda.get_device_properties(0).total_memory,
-            draft_tokens=draft_tokens, cells=wanted, backend=names[0], backends=tuple(dict.fromkeys(names)),
-            backend_cells=[cell for cell in wanted if cell[1] >= LONG], output_tokens=SHAPE_OUTPUT_TOKENS,
+            draft_tokens=draft_tokens, cells=every_k, backend=names[0], backends=tuple(dict.fromkeys(names)),
+            backend_cells=long, output_tokens=SHAPE_OUTPUT_TOKENS,
         )  # fmt: skip
         for group in groups:
             told = Progress(what=f"engines up ({group.name})")

@@ -287,7 +287,9 @@ def kernels(device: str) -> list[dict]:
     found += sorted((paths.results_dir() / "reference").glob(f"*/{KERNELS_STEM}/{records.RECORD_NAME}"))
     for path in found:
         if path.is_file() and (record := records.load_record(path))["card"].get("device_name") == device:
-            return [row for row in record["timings"] if row["workload"] in KERNEL_CASES and row["median_us"]]
+            columns = record["timings"]
+            rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            return [row for row in rows if row["workload"] in KERNEL_CASES and row["median_us"]]
     return []
 
 
