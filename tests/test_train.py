@@ -13,9 +13,10 @@ from safetensors import safe_open
 from aiterlab.paths import project_root
 from aiterlab.spec_decode.train import arithmetic
 from aiterlab.spec_decode.train.batches import Windows
+from aiterlab.spec_decode.train.cards import write_cards
 from aiterlab.spec_decode.train.corpus import CorpusError, acceptable, licence_of, load_tokens, save_tokens
 from aiterlab.spec_decode.train.draft import draft_loss, frequent_tokens
-from aiterlab.spec_decode.train.evaluate import matches, rounds, summarise
+from aiterlab.spec_decode.train.evaluate import evaluate, loops, matches, rounds, summarise
 from aiterlab.spec_decode.train.export import load_draft, load_target, save_draft, save_target
 from aiterlab.spec_decode.train.generate import write
 from aiterlab.spec_decode.train.model import DRAFTS, Shape, Target, new_draft
@@ -201,6 +202,59 @@ def test_rounds_of_a_perfect_and_of_a_useless_draft():
     late = perfect.copy()
     late[:, 1] = False
     assert set(rounds(late, prompt, length)) == {1}
+
+
+def test_loops_are_short_periods_of_the_end():
+    period = list(range(16))
+    assert loops([99, *period, *period])
+    assert loops([7] * 32)
+    assert not loops([*period, *period[:-1], 99])
+    assert not loops(list(range(17)) * 3)
+    assert not loops([7] * 31)  # too short to tell
+
+
+def test_spread_of_trials_is_wider_than_the_standard_error_and_holds_the_mean():
+    rng = np.random.default_rng(0)
+    found = summarise([rng.integers(0, 4, size=20) for _ in range(100)], 3)
+    assert found["p10_of_16_prompts"] < found["acceptance_length"] < found["p90_of_16_prompts"]
+    width = found["p90_of_16_prompts"] - found["p10_of_16_prompts"]
+    assert width == pytest.approx(2 * 1.28 * found["standard_error"] * (100 / 16) ** 0.5, rel=0.15)
+
+
+def test_evaluation_and_cards_of_a_toy_pair(corpus, tmp_path):
+    """Every number of new tokens is the beginning of one text; the cards are made of the record alone."""
+    target = random_target(2.0)
+    save_target(target, tmp_path / "target", corpus / "tokenizer.json")
+    for method in METHODS:
+        save_draft(new_draft(method, TINY, 2), tmp_path / method)
+    exercises = arithmetic.test_records(4, 2, seed=1)
+    for task in ("code", "prose", "arithmetic"):
+        lines = [json.dumps(r | {"source": f"project-{i % 2} 1.0: a.py"}) for i, r in enumerate(exercises)]
+        (tmp_path / "heldout").mkdir(exist_ok=True)
+        (tmp_path / "heldout" / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def measured(*new_tokens):
+        return evaluate(tmp_path, TINY, device="cpu", new_tokens=new_tokens, temperatures=(0.0, 1.0), seed=3, limit=3)[
+            "acceptance"
+        ]
+
+    greedy = [r for r in measured(8, 24) if r["temperature"] == 0 and r["new_tokens"] == 8]
+    assert greedy == [r for r in measured(8) if r["temperature"] == 0]
+    assert {r["prompts"] for r in greedy} == {3}
+
+    record = {"device": "a machine", "seed": 0, "parameters": 10, "tokens": 100, "steps": 2, "train_s": 1.0,
+              "wall_s": 3.0, "length": 64, "shape": TINY.as_record(), "unrolled_steps": 6,
+              "draft_vocabulary_coverage": 0.9, "heldout_loss_nats_per_token": {"code": 1.0}}  # fmt: skip
+    for name in ("target", *METHODS):
+        (tmp_path / name / "training.json").write_text(json.dumps(record | {"model": name}))
+    data = {"held_out_projects": ["b", "b", "a"], "sources": [], "text_bytes": dict.fromkeys(("code", "prose"), 1)}
+    data["text_bytes"]["arithmetic"] = 1
+    measured(8, 24)
+    write_cards(tmp_path, data, "two runs")
+    write_cards(tmp_path, data)  # knows from the manifest how the weights were made
+    assert "two runs" in (tmp_path / "README.md").read_text()
+    assert "24 new tokens" in (tmp_path / "eagle3" / "README.md").read_text()
+    assert json.loads((tmp_path / "manifest.json").read_text())["data"]["held_out_projects"] == ["a", "b"]
 
 
 def test_arithmetic_split_is_disjoint_and_answers_are_right():

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from aiterlab.spec_decode.train.cards import ONE_RUN
 from aiterlab.spec_decode.train.corpus import ARCHIVES
 from aiterlab.spec_decode.train.model import Shape
 
@@ -67,9 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--draft-rate", type=float, default=2e-3, help="peak learning rate")
         sub.add_argument("--steps", type=int, default=6, help="unrolled draft steps")
     for sub in (command("evaluate", "measure acceptance and exact match on held-out prompts"), whole):
-        sub.add_argument("--evaluate-tokens", type=int, default=192, help="new tokens for a prompt")
-        sub.add_argument("--limit", type=int, help="only so many prompts of each task")
-    command("cards", "write the model cards and the manifest from the records")
+        sub.add_argument("--evaluate-tokens", type=int, nargs="+", default=[32, 64, 128, 192], help="new tokens")
+        sub.add_argument("--limit", type=int, default=96, help="prompts of each task, for acceptance")
+    for sub in (command("cards", "write the model cards and the manifest from the records"), whole):
+        sub.add_argument("--runs", help="which runs made the weights, in words (default: as the manifest says)")
     return parser
 
 
@@ -107,14 +109,14 @@ def _draft(a: argparse.Namespace, shape: Shape) -> None:
 def _evaluate(a: argparse.Namespace, shape: Shape) -> None:
     from aiterlab.spec_decode.train.evaluate import evaluate
 
-    evaluate(a.models, shape, device=a.device, steps=5, new_tokens=a.evaluate_tokens, temperatures=(0.0, 0.7, 1.0),
+    evaluate(a.models, shape, device=a.device, new_tokens=tuple(a.evaluate_tokens), temperatures=(0.0, 0.7, 1.0),
              seed=a.seed + 3, limit=a.limit)  # fmt: skip
 
 
 def _cards(a: argparse.Namespace, shape: Shape) -> None:
     from aiterlab.spec_decode.train.cards import read_data_manifest, write_cards
 
-    write_cards(a.models, read_data_manifest(a.corpus))
+    write_cards(a.models, read_data_manifest(a.corpus), a.runs)
 
 
 def _all(a: argparse.Namespace, shape: Shape) -> None:
@@ -148,6 +150,8 @@ def _all(a: argparse.Namespace, shape: Shape) -> None:
         raise SystemExit("all: a draft's training failed; its message is above")
     print(f"all: drafts done after {time.perf_counter() - begin:.0f} s", flush=True)
     _evaluate(a, shape)
+    # Not what the manifest of an earlier training says.
+    a.runs = a.runs or ONE_RUN
     _cards(a, shape)
     print(f"all: done after {time.perf_counter() - begin:.0f} s; models in {a.models}", flush=True)
 
