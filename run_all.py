@@ -87,7 +87,6 @@ ROWS = (
                 "count": 64,
                 "output_tokens": 192,
                 "samples": 1000,
-                "rounds": 2,  # the starts of engines dominate: about 8 minutes on an H200 with 16 cores
                 "cells": ["1x128", "64x128", *SHAPE_CELLS],
                 "accuracy": {"aiterlab_arithmetic": 200},
             },

@@ -163,7 +163,7 @@ def test_an_idle_engine_burns_no_time(fleet):
     child = psutil.Process(fleet["eagle3"].pid)
     before = sum(child.cpu_times()[:2])
     time.sleep(1)
-    assert sum(child.cpu_times()[:2]) - before <= 0.02
+    assert round(sum(child.cpu_times()[:2]) - before, 3) <= 0.02  # two ticks of the kernel's clock
 
 
 @pytest.mark.slow

@@ -105,12 +105,13 @@ def test_prompts_have_no_common_beginning():
     assert prompts != latency.requests((3, 50), seed=1)
 
 
-def test_engines_take_turns_and_marks_come_last():
+def test_engines_take_turns_with_marks_and_without():
     latency.measure(engines(spec(0), spec(2)), [(1, 100)], rounds=2, output_tokens=16)
     first, second = spec(0).name, spec(2).name
     assert PretendEngine.asked[:2] == [(first, False), (second, False)]  # not counted
     assert PretendEngine.asked[2:] == [
-        (first, False), (second, False), (second, False), (first, False), (first, True), (second, True),
+        (first, False), (second, False), (first, True), (second, True),
+        (second, False), (first, False), (second, True), (first, True),
     ]  # fmt: skip
 
 

@@ -9,12 +9,13 @@ import pytest
 
 from aiterlab import records
 from aiterlab.attention import tables
+from aiterlab.spec_decode import tables as spec_tables
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results" / "reference"
 RECORDS = sorted(REFERENCE.rglob("record.json"))  # of the simulated machine NOTEBOOK/, of a GPU MACHINE/NOTEBOOK/
-KERNELS = "04_run_attention_kernels"
-LARGEST_BYTES = {KERNELS: 2_000_000}  # it carries every sample
+KERNELS, EAGLE = "04_run_attention_kernels", "05_run_eagle_spec_decode"
+LARGEST_BYTES = {KERNELS: 2_000_000, EAGLE: 2_000_000}  # they carry every sample
 
 
 def block(name: str) -> str:
@@ -55,12 +56,41 @@ def kernels() -> str:
     return "\n".join(parts) or "No GPU has been measured yet.\n"
 
 
+def eagle() -> str:
+    """Render the block on speculative decoding: for each GPU with a reference record, its shape of Llama-3.1-8B."""
+    parts = []
+    for path in sorted(REFERENCE.glob(f"*/{EAGLE}/record.json")):
+        record = records.load_record(path)
+        report = path.parent.relative_to(ROOT).as_posix()
+        device = record["card"]["device_name"]
+        parts.append(f"**{device}** ({made(record)}; [{report}]({report})): {record['finding']}\n")
+        ratios = spec_tables.ratios([row for row in record["ratios"] if row["K"]])
+        speed = spec_tables.predicted([row for row in record["predictions"] if row["group"] != spec_tables.MODELS])
+        parts += [_markdown(table) for table in (ratios, speed) if len(table)]
+    return "\n".join(parts)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table as README.md holds it; large numbers whole, others to two places."""
+    cells = [[_cell(value) for value in row] for row in table.itertuples(index=False, name=None)]
+    lines = [[*table.columns], ["---"] * len(table.columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(value) -> str:
+    return f"{value:,.{0 if value >= 100 else 2}f}" if isinstance(value, float) else str(value)
+
+
 def test_numbers_in_readme_are_those_of_the_reference_records():
     assert block("numbers") == numbers(), f"replace the block by:\n{numbers()}"
 
 
 def test_kernels_in_readme_are_those_of_the_reference_records():
     assert block("kernels") == kernels(), f"replace the block by:\n{kernels()}"
+
+
+def test_speculative_decoding_in_readme_is_that_of_the_reference_records():
+    assert block("eagle") == eagle(), f"replace the block by:\n{eagle()}"
 
 
 def test_there_are_records_of_the_notebooks_on_the_simulated_machine():

@@ -8,9 +8,9 @@ A step with K draft tokens emits tau tokens and takes
     speed-up(K) = tau(K) * step(0) / step(K)                                step(0): vanilla
 
 tau takes vLLM's per-position rates, which are unconditional, so nothing is assumed about their independence. Parts come
-from rounds with marks in them (`steps`) and are fitted over K: the draft and the host on a line, since each draft token
-is one more pass of the same model; verification and sampling between their neighbours, since they go in stairs.
-What is predicted is compared with rounds without marks. To predict a K without having measured it, leave it out.
+from rounds with marks in them (`steps`); what is predicted is compared with rounds without. A K that was left out is
+predicted from the others: the draft and the host on a line, since each draft token is one more pass of the same model;
+verification and sampling between their neighbours, since they go in stairs.
 
 Published acceptance, for targets without real weights: Llama-3.1-8B with its EAGLE and EAGLE-3 heads, chains in vLLM,
 issue vllm-project/vllm#20780 (acceptance length for each K; the author's own numbers). Differences of neighbouring
@@ -134,7 +134,7 @@ def between(points: Mapping[int, float], x: float) -> float:
 
 
 def fit(measured: Mapping[int, Components], draft_tokens: int) -> Components:
-    """Say what a step with `draft_tokens` costs, from the parts measured at some K.
+    """Say what a step with `draft_tokens` costs, from the parts measured at this K, or else at others.
 
     Args:
         measured: parts for each number of draft tokens; 0 is vanilla
@@ -142,8 +142,8 @@ def fit(measured: Mapping[int, Components], draft_tokens: int) -> Components:
     Raises:
         ValueError: no K above 0 among them.
     """
-    if draft_tokens == 0:
-        return measured[0]
+    if draft_tokens in measured:
+        return measured[draft_tokens]
     drafted = {k: parts for k, parts in measured.items() if k}
     if not drafted:
         raise ValueError("a draft's cost needs at least one measured number of draft tokens")

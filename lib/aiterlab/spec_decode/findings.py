@@ -19,18 +19,24 @@ def lossless(greedy: Sequence[dict], sampled: Sequence[dict], broken: Sequence[d
     """Whether any draft changed a token, and whether the checks could have told."""
     if not greedy:
         return "Nothing was compared with vanilla decoding"
-    wrong = sorted({row["engine"] for row in greedy if not row["ok"]})
+    wrong = sorted({row["engine"] for row in greedy if row["different"]})
+    thin = sorted({row["engine"] for row in greedy if not row["ok"] and not row["different"]})
     engines = {row["engine"] for row in greedy}
     ties, tokens = sum(row["near_ties"] for row in greedy), sum(row["compared_tokens"] for row in greedy)
     told = f"{len(engines)} engines give vanilla's greedy tokens ({tokens:,} compared, {_count(ties, 'near-tie')})"
     if wrong:
         told = f"Greedy answers are not vanilla's in {', '.join(wrong)}"
+    if thin:
+        told += f"; near-ties leave too little to compare in {', '.join(thin)}"
     for row in sampled:
-        found = f"{'the same' if row['ok'] else 'another'} distribution" if row["tests"] else "too few samples to tell"
+        found = f"{'the same' if row['ok'] else 'another'} distribution"
+        found = found if row["verified"] else "too few samples to tell"
         told += f"; at temperature 1 {found} with {row['engine']}"
     if broken:
-        missed = [row["engine"] for row in broken if not row["as_it_should"]]
+        missed = [row["engine"] for row in broken if row["as_it_should"] is False]
+        untold = [row["engine"] for row in broken if row["as_it_should"] is None]
         told += "; " + ("broken engines were told apart" if not missed else f"not noticed: {', '.join(missed)}")
+        told += f"; too few samples to judge {', '.join(untold)}" if untold else ""
     return told
 
 
@@ -89,7 +95,8 @@ def backends(ratios: Sequence[dict], compared: pd.DataFrame) -> str:
     text = f"on the shape of Llama-3.1-8B (acceptance assumed) {OURS} gives " + " and ".join(told) if told else ""
     if len(compared) and len(asked := compared[compared["outputs_agree"].notna()]):
         agree = int(asked["outputs_agree"].astype(bool).sum())
-        text += f"{'; ' if text else ''}{agree} of {_count(len(asked), 'explicit backend')} agree with the others"
+        verb = "agrees" if len(asked) == 1 else "agree"
+        text += f"{'; ' if text else ''}{agree} of {_count(len(asked), 'explicit backend')} {verb} with the others"
     return _sentence(text) or "No backend was compared"
 
 
@@ -100,7 +107,7 @@ def others(scores: Sequence[Score], ranks: Sequence[dict], served: Sequence[dict
         inside = held["within"].dropna().astype(bool)
         worst = held["difference"].abs().max()
         told.append(
-            f"lm-eval's scores differ from vanilla's by {worst:.3f} at most, {inside.sum()} of {len(inside)} within "
+            f"scores of lm-eval differ from vanilla's by {worst:.3f} at most, {inside.sum()} of {len(inside)} within "
             "two standard errors"
         )
     if ranks:
@@ -109,7 +116,8 @@ def others(scores: Sequence[Score], ranks: Sequence[dict], served: Sequence[dict
         told.append(f"{len(right)} of {len(ranks) - len(unasked)} ranks give one rank's tokens")
     if served:
         right = sum(row["ok"] for row in served)
-        told.append(f"behind vllm serve {right} of {_count(len(served), 'task')} get the same tokens")
+        verb = "gets" if len(served) == 1 else "get"
+        told.append(f"behind vllm serve {right} of {_count(len(served), 'task')} {verb} the same tokens")
     if len(proposals):
         told.append(proposer.finding(proposals).rstrip("."))
     return " ".join(f"{_sentence(one)}." for one in told)

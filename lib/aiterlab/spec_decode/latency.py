@@ -3,8 +3,8 @@
 
 Several engines are alive at once and take turns, so a clock that drifts drifts for all. A cell is a batch of requests
 with a context. Its prompts are random token ids; prefix caching keeps their keys, so a prompt is computed once per
-engine and a round is decode alone. Rounds without marks are what counts; one more round with marks (`steps`) says where
-a step's time goes, and is what the cost model predicts the others from.
+engine and a round is decode alone. Rounds without marks are what counts; as many with marks (`steps`), in turn with
+them, say where a step's time goes, and are what the cost model predicts the others from.
 
 Two speeds are told apart. `decode_tok_s` is tokens over time as they came. Requests of a batch end at different steps
 when acceptance is a matter of chance, so `steady_tok_s` is that of the median step with the whole batch in it: batch x
@@ -160,7 +160,7 @@ def measure(
         group: name of this set of engines, for the rows
         seed: of the prompts
         prompts_of: makes a cell's prompts; random ids if not given
-        marked: add a round with marks, for the parts of a step
+        marked: add to each round one with marks, for the parts of a step
         progress: called with the number of cells done and of all
 
     Raises:
@@ -180,11 +180,10 @@ def measure(
         options = {"temperature": temperature, "ignore_eos": True}
         for engine in able.values():
             engine.generate(prompts, max_tokens=32, **options)  # computes the prompts, and compiles what is missing
-        for turn in range(rounds + marked):
+        for turn, with_marks in itertools.product(range(rounds), (False, True) if marked else (False,)):
             order = list(able)
             shift = turn % max(1, len(order))
             for name in order[shift:] + order[:shift]:
-                with_marks = turn == rounds
                 found = able[name].generate(prompts, max_tokens=output_tokens, breakdown=with_marks, **options)
                 rows.append(_measured(group, able[name].spec, cell, turn, with_marks, found))
         if progress:
@@ -208,7 +207,7 @@ def refusal(spec: EngineSpec, kv_cache_tokens: int, cell: Cell, output_tokens: i
 def summary(rows: Iterable[Row]) -> list[Row]:
     """One row for each engine and cell: medians over the rounds, their spread, and the speed-up over vanilla.
 
-    Vanilla is that of the same group, with the same backend where there is one. Parts are of the round with marks.
+    Vanilla is that of the same group, with the same backend where there is one. Parts are of the rounds with marks.
     """
     collected: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -216,14 +215,14 @@ def summary(rows: Iterable[Row]) -> list[Row]:
     table = []
     for members in collected.values():
         plain = [row for row in members if row["step_ms"] is not None and not row["marked"]]
-        marked = next((row for row in members if row["marked"] and row["step_ms"] is not None), {})
+        marked = [row for row in members if row["marked"] and row["step_ms"] is not None]
         steady = [row["steady_tok_s"] for row in plain]
         table.append(
             {name: members[0][name] for name in (*_WHO, "acceptance", "assumed_rates", "reason")}
             | {name: _median(row[name] for row in plain) for name in (*SPEED, "tokens_per_step")}
             | {"steady_p20_tok_s": _quantile(steady, 0.2), "steady_p80_tok_s": _quantile(steady, 0.8)}
             | {"rates": _mean_rates(plain), "rounds": len(plain)}
-            | {f"marked_{name}": marked.get(name) for name in ("step_ms", *PARTS)}
+            | {f"marked_{name}": _median(row[name] for row in marked) for name in ("step_ms", *PARTS)}
         )
     for row in table:
         base = _vanilla(row, table)

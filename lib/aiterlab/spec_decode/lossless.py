@@ -156,8 +156,28 @@ class GreedyComparison:
         }
 
 
+def largest_shift(one: Generation, another: Generation) -> float:
+    """Return how far the same token's log-probability lies apart in two runs of vanilla decoding, at most.
+
+    Only places with the same context count: those up to where the two first differ. Two attention backends sum in
+    another order in every layer, which moves logits by more than the last rounding; this measures by how much.
+    """
+    shift = 0.0
+    for mine, others in _pairs(one, another):
+        end = _first_difference(mine.token_ids, others.token_ids)
+        for here, there in zip((mine.top_logprobs or ())[:end], (others.top_logprobs or ())[:end], strict=False):
+            known = dict(there)
+            shift = max(shift, *(abs(value - known.get(token, value)) for token, value in here))
+    return shift
+
+
 def compare_greedy(
-    vanilla: Generation, other: Generation, *, dtype: str = "bfloat16", magnitude: float = LARGEST_LOGIT
+    vanilla: Generation,
+    other: Generation,
+    *,
+    dtype: str = "bfloat16",
+    magnitude: float = LARGEST_LOGIT,
+    shift: float = 0.0,
 ) -> GreedyComparison:
     """Compare greedy tokens request by request, up to the first difference of each.
 
@@ -165,8 +185,10 @@ def compare_greedy(
         vanilla: generated with `logprobs` of 5 or more, from which the gap of a difference is read.
         other: the same requests, the same number of tokens.
         dtype: in which the target computes its logits; decides with `magnitude` what counts as a near-tie.
+        shift: by how much a logit was seen to move between the two engines' backends (`largest_shift`); two may change
+            places that are twice that apart.
     """
-    tolerance = near_tie_tolerance(dtype, magnitude)
+    tolerance = max(near_tie_tolerance(dtype, magnitude), 2 * shift)
     differences, compared, tokens = [], 0, 0
     for mine, others in _pairs(vanilla, other):
         position = _first_difference(mine.token_ids, others.token_ids)
@@ -299,6 +321,7 @@ class SampledComparison:
             "engine": self.engine,
             "tests": len(self.tested),
             "untested": len(self.tests) - len(self.tested),
+            "verified": self.verified,
             "smallest_p_adjusted": min(self.adjusted, default=None),
             "band": self.band,
             "largest_distance": max(distances, default=None),

@@ -155,7 +155,7 @@ def tokenizer_of(model: Path | str) -> Callable[[str], tuple[int, ...]]:
 
         own = Tokenizer.from_file(str(file))
         return lambda text: tuple(own.encode(text).ids)
-    if Path(model).is_dir():
+    if isinstance(model, Path) or Path(model).is_dir():
         raise PromptError(f"{model}: has no tokenizer.json, which prompts of a given length need; add it")
     from transformers import AutoTokenizer
 

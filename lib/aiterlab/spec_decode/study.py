@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from aiterlab.spec_decode import (
     sabotage,
 )
 from aiterlab.spec_decode.backends import Choice, Used
-from aiterlab.spec_decode.engine import Engine, EngineError, EngineSpec, Generation, Request
+from aiterlab.spec_decode.engine import Engine, EngineError, EngineSpec, Generation, Output, Request
 from aiterlab.spec_decode.serving import Server, Serving
 
 JOURNAL_NAME = "journal.jsonl"
@@ -50,6 +50,8 @@ SHAPE = "8b:"  # before a cell that is timed on the shape of Llama-3.1-8B
 SHOTS = (0, 5)  # solved examples before a question of lm-eval
 SHAPE_OUTPUT_TOKENS = 128
 LONG = 16_384  # tokens of context from which backends are compared on the shape
+FEW = 4  # requests for each rank
+BESIDE_TOKENS = 64  # after a near-tie nothing can be compared, so longer answers would show less
 CLIENTS = 4  # of the server, at a time
 LOGPROBS = 10  # of vanilla: from these the gap of a near-tie is read
 LOGPROBS_SAMPLED = 20
@@ -122,11 +124,21 @@ def specs(found: Mapping[str, models.Pair], methods: Iterable[str], draft_tokens
 
 
 def options(cells: Sequence[str], output_tokens: int, seed: int) -> dict:
-    """Return what all engines of the models have in common: room for the largest cell, and what the machine needs."""
+    """Return what all engines of the models have in common: room for the largest cell, and what the machine needs.
+
+    Raises:
+        ValueError: a cell cannot be read, or is of the shape, on a machine without a GPU.
+    """
     largest = cells_of(cells)
+    if (shaped := cells_of(cells, SHAPE)) and device() == "cpu":
+        raise ValueError(
+            f"cells={list(cells)}: {len(shaped)} of the shape, which needs a GPU; leave out those of {SHAPE}"
+        )
     batch = max([8, *(batch for batch, _ in largest)])
     length = max([1024, *(context + output_tokens + latency.SLACK_TOKENS for _, context in largest)])
-    return {
+    # vLLM sets the generator of a seeded prompt back when it computes it in two parts; those of a CPU cannot be.
+    unparted = {"max_num_batched_tokens": batch * MAX_PROMPT_TOKENS} if device() == "cpu" else {}
+    return unparted | {
         "max_num_seqs": batch,
         "max_model_len": length,
         "cudagraph_batch_sizes": tuple(sorted({1, 4, 8, batch} | {batch for batch, _ in largest})),
@@ -139,11 +151,11 @@ def asked(tasks: Sequence[str], count: int, target: Path | str, seed: int) -> di
     """Return requests by task: held-out prompts, or those of a file where a task is `file:PATH`."""
     found = {}
     for task in tasks:
-        own = task.removeprefix(OWN_FILE) if task.startswith(OWN_FILE) else None
-        found[prompts.OWN if own else task] = prompts.load(
-            prompts.OWN if own else task, count, path=paths.as_typed(own) if own else None, tokenizer=target,
-            max_prompt_tokens=MAX_PROMPT_TOKENS, seed=seed,
-        )  # fmt: skip
+        own = paths.as_typed(task.removeprefix(OWN_FILE)) if task.startswith(OWN_FILE) else None
+        called = own.name if own else task
+        found[called] = prompts.load(
+            called, count, path=own, tokenizer=target, max_prompt_tokens=MAX_PROMPT_TOKENS, seed=seed
+        )
     return found
 
 
@@ -238,12 +250,20 @@ class Study:
                 extra |= {"undrafted": made.undrafted, "output_tokens": max_tokens}
                 self._note(self.accepted, "accepted", extra | found.row())
 
-    def losses(self, base: str = VANILLA, only: Iterable[str] | None = None) -> list[lossless.GreedyComparison]:
-        """Hold every engine's greedy answers against those of `base`, task by task; returns the comparisons."""
+    def losses(
+        self, base: str = VANILLA, only: Iterable[str] | None = None, alone: str | None = None
+    ) -> list[lossless.GreedyComparison]:
+        """Hold every engine's greedy answers against those of `base`, task by task; returns the comparisons.
+
+        Args:
+            only: names of engines; all that have answered if None.
+            alone: the target without a draft on the backend of these engines, where that is not the one of `base`.
+        """
         found = []
         for (key, task), made in self.answers.items():
             if key != base and (only is None or key in only):
-                found.append(lossless.compare_greedy(self.answers[base, task], made))
+                shift = lossless.largest_shift(self.answers[base, task], self.answers[alone, task]) if alone else 0.0
+                found.append(lossless.compare_greedy(_part(self.answers[base, task], made), made, shift=shift))
                 about = {"task": task, "base": base}
                 self._note(self.greedy, "greedy", about | found[-1].row())
                 for one in found[-1].differences:
@@ -317,10 +337,10 @@ class Study:
             EngineError, ValueError: of the first that failed, after the others have ended.
         """
         task, requests = next(iter(asked.items()))
-        few = {task: requests[:4]}
+        few, max_tokens = {task: requests[:FEW]}, min(max_tokens, BESIDE_TOKENS)
         wanted = spec(pair, draft_tokens, **options)
         known = {
-            "sabotage": lambda: self._sabotage(pair, draft_tokens, few, max_tokens, options),
+            "sabotage": lambda: self._sabotage(pair, draft_tokens, {task: requests}, max_tokens, options),
             "backends": lambda: self._backends(pair, draft_tokens, asked, max_tokens, trials, options),
             "serve": lambda: self._serve(wanted, {task: requests}, max_tokens),
         }
@@ -373,17 +393,19 @@ class Study:
             for key, one in engines.items():
                 if key == AS_RELEASED:
                     made = self._draw(one)
-                    self._broke("samples", made, lossless.compare_sampled(self._drawn, made), right=False)
+                    found = lossless.compare_sampled(self._drawn, made)
+                    self._broke("samples", made, found, right=False if found.verified else None)
                     continue
                 for task, requests in asked.items():
                     made = one.generate(requests, max_tokens=max_tokens)
-                    found = lossless.compare_greedy(_part(self.answers[VANILLA, task], requests), made)
+                    found = lossless.compare_greedy(_part(self.answers[VANILLA, task], made), made)
                     self._broke(task, made, found, right=key == "corrupted draft")
 
-    def _broke(self, task: str, made: Generation, found, *, right: bool) -> None:
-        """Keep what became of a broken engine, and whether the check found as it should."""
+    def _broke(self, task: str, made: Generation, found, *, right: bool | None) -> None:
+        """Keep what became of a broken engine, and whether the check found as it should; None: it could not tell."""
         about = {"task": task, "acceptance_length": made.counters.acceptance_length}
-        self._note(self.broken, "broken", about | found.row() | {"as_it_should": found.ok == right})
+        as_it_should = None if right is None else found.ok == right
+        self._note(self.broken, "broken", about | found.row() | {"as_it_should": as_it_should})
 
     def _backends(
         self, pair, draft_tokens: int, asked: Asked, max_tokens: int, trials, options: Mapping
@@ -408,7 +430,8 @@ class Study:
         self.decode(asked, max_tokens, only=names, group=BACKENDS)
         self.score(trials, names)
         # Within a backend, and against the engines that chose theirs: two questions.
-        agrees = all([one.ok for base in (names[0], VANILLA) for one in self.losses(base, names[1:])])
+        found = [*self.losses(names[0], names[1:]), *self.losses(VANILLA, names[1:], alone=names[0])]
+        agrees = all(one.ok for one in found)
         facts = self.engines[names[1]].wait_ready()
         return Used(facts.target_backends, facts.draft_backends, agrees)
 
@@ -418,7 +441,7 @@ class Study:
             ready_s = server.wait_ready()
             for task, requests in asked.items():
                 made = server.generate(requests, max_tokens=max_tokens, concurrency=CLIENTS)
-                found = lossless.compare_greedy(self.answers[VANILLA, task], made)
+                found = lossless.compare_greedy(_part(self.answers[VANILLA, task], made), made)
                 row = {"engine": wanted.name, "task": task, "ready_s": ready_s} | _served(made)
                 self._note(self.served, "served", row | {"ok": found.ok, "verdict": found.verdict})
 
@@ -433,7 +456,7 @@ class Study:
             except EngineError as error:  # such as fewer GPUs than ranks: a row that says so
                 self._note(self.ranks, "ranks", {"engine": one.name, "task": task, "ok": None, "verdict": str(error)})
                 continue
-            for row in parallel.compare(_part(self.answers[VANILLA, task], requests), made).to_dict("records"):
+            for row in parallel.compare(_part(self.answers[VANILLA, task], made[0]), made).to_dict("records"):
                 self._note(self.ranks, "ranks", {"task": task} | row)
 
     def _scratch(self) -> Path:
@@ -451,10 +474,16 @@ def _described(one: Engine) -> dict:
     return about | dataclasses.asdict(one.wait_ready())
 
 
-def _part(made: Generation, requests: Sequence[Request]) -> Generation:
-    """The answers to some of the requests."""
-    kept = {request.id for request in requests}
-    return dataclasses.replace(made, outputs=tuple(one for one in made.outputs if one.request_id in kept))
+def _part(made: Generation, other: Generation | Serving | parallel.Ranks) -> Generation:
+    """The answers to the requests that `other` answered, as far as it was asked to go."""
+    kept = {one.request_id for one in other.outputs}
+    length = max((len(one.token_ids) for one in other.outputs), default=0)
+    return dataclasses.replace(made, outputs=tuple(_cut(one, length) for one in made.outputs if one.request_id in kept))
+
+
+def _cut(one: Output, length: int) -> Output:
+    logprobs = one.top_logprobs and one.top_logprobs[:length]
+    return dataclasses.replace(one, token_ids=one.token_ids[:length], top_logprobs=logprobs)
 
 
 def _served(made: Serving) -> dict:
@@ -468,11 +497,10 @@ def _served(made: Serving) -> dict:
     }
 
 
-def _told(work: Callable, jobs: Sequence, what: str) -> list:
+def _told(work: Callable, jobs: Sequence, what: str) -> Iterator:
     """Do jobs on several engines at once, as many as there are cores; answers come in the order of the jobs."""
-    began, progress, answers = time.monotonic(), Progress(what=what), []
+    began, progress = time.monotonic(), Progress(what=what)
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as threads:
         for done, answer in enumerate(threads.map(work, jobs), 1):
-            answers.append(answer)
             progress(done, len(jobs), time.monotonic() - began)
-    return answers
+            yield answer

@@ -20,6 +20,7 @@ from aiterlab.spec_decode.models import Pair
 KERNELS_STEM = "04_run_attention_kernels"
 KERNEL_CASES = ("verify_q4_1x8k", "verify_q4_1x32k")
 MOST_DIFFERENCES = 12  # lines of the table
+OWN_BACKEND = "vLLM's choice"
 MODELS = "models"  # the group of engines with real weights; others have the shape of Llama-3.1-8B
 _TITLES = {
     "base": "against",
@@ -99,7 +100,7 @@ def differences(rows: Sequence[dict]) -> pd.DataFrame:
     table = pd.DataFrame(rows).sort_values(["near_tie", "gap"], ascending=[True, False])
     shown = table[names].rename(columns=_TITLES).set_index(table["near_tie"].map({True: "near-tie", False: "fault"}))
     if (more := len(shown) - MOST_DIFFERENCES) > 0:
-        shown = shown.head(MOST_DIFFERENCES)
+        shown = shown.head(MOST_DIFFERENCES).astype(object)
         shown.loc[f"and {more} more"] = "in the record"
     return _dashed(shown.rename_axis(index=None))
 
@@ -193,6 +194,7 @@ def predicted(rows: Sequence[dict]) -> pd.DataFrame:
         {
             "weights": row["group"],
             "method": row["method"],
+            "backend": row["backend"] or OWN_BACKEND,
             "cell": f"{row['batch']}x{row['context']}",
             "K": row["K"],
             "tokens per step": f"{row['tokens_per_step']:.2f} ({row['acceptance']})",
@@ -213,7 +215,7 @@ def best(rows: Sequence[dict]) -> pd.DataFrame:
         {
             "weights": kind,
             "method": method,
-            "backend": backend or "vLLM's choice",
+            "backend": backend or OWN_BACKEND,
             "sequences": batch,
             "context": context,
         }
