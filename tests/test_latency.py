@@ -17,6 +17,7 @@ H200 = 139 * GIB
 class PretendEngine:
     """An engine whose steps take what the cost model says, and which notes who was asked when."""
 
+    undrafted = 0
     asked: ClassVar[list[tuple[str, bool]]] = []
 
     def __init__(self, spec, kv_cache_tokens=40_000, factor=1.0):
@@ -40,6 +41,7 @@ class PretendEngine:
             prefill_s=0.1,
             decode_s=count * step / 1e3,
             counters=Counters(100, 100 * k, round(100 * sum(rates)), tuple(round(100 * rate) for rate in rates)),
+            undrafted=self.undrafted,
             components=parts if breakdown else None,
         )
 
@@ -166,3 +168,11 @@ def test_backends_are_divided_at_the_same_k_alone():
 def test_published_rates_are_what_the_plan_assumes():
     (group,) = latency.plan("t", "d", memory_bytes=H200, draft_tokens=(3,), backends=())
     assert group.specs[1].synthetic_acceptance == cost.published_rates("eagle3", 3)
+
+
+def test_steps_without_a_draft_count_as_steps(monkeypatch):
+    monkeypatch.setattr(PretendEngine, "undrafted", 100)
+    (row,) = latency.measure(engines(spec(2)), [(1, 100)], rounds=1, output_tokens=16, marked=False)
+    whole = 1 + sum(row["assumed_rates"]) / 2
+    assert row["tokens_per_step"] == pytest.approx(whole, abs=0.02)
+    assert row["steady_tok_s"] == pytest.approx(whole / row["step_ms"] * 1e3, rel=0.01)

@@ -156,3 +156,10 @@ def test_the_sentence(table):
         "With more than one draft token, vLLM's EAGLE proposer rejects AITER's metadata in 2 of 5 cases (regressed at"
         " unset; hotfixed-without-7 at unset); 10 of 10 lines agree with the pull requests, 0 gave no answer."
     )
+
+
+def test_a_tree_that_cannot_be_had_is_a_line_with_its_reason():
+    table = proposer.table(["release:0.0.0", "nosuch"], ("unset", "1"), (3,))
+    assert len(table) == 4 and table["check"].isna().all() and table["agrees"].isna().all()
+    assert all("nosuch" in reason for reason in table.set_index("tree").loc["nosuch", "no_answer_reason"])
+    assert proposer.finding(table).endswith("4 gave no answer.")

@@ -29,6 +29,9 @@ from aiterlab.probes import cells, failure, models, pool
 TREES = ("release:0.15.1", "regressed", "hotfixed", "hotfixed-without-7", "release:0.16.0")
 SWITCHES = ("unset", "1")  # with "0" every one of these trees answers as with "unset"
 DRAFT_TOKENS = (1, 3)
+COLUMNS = ["tree", "arch", "switch", "draft_tokens", "metadata", "check", "check_expected", "proposal"]
+COLUMNS += ["proposal_expected", "agrees", "check_message", "proposal_message", "passes", "max_abs_error", "tolerance"]
+COLUMNS += ["simulated", "stand_ins", "no_answer_reason"]
 REFUSAL = "Unsupported attention metadata type"  # how vLLM's message begins, in every tree
 # (tokens cached, tokens that the target verified) of each sequence; the first one drafts on into its second page.
 LENGTHS = ((14, 2), (17, 3))
@@ -172,14 +175,19 @@ def table(
         workers, progress: as in `probes.ask`.
     """
     base = Machine("native") if arch == "native" else Machine(arch=arch)
-    sources = [states.get(name) for name in trees]
-    asked = [
-        cells.Cell(source, with_switch(base, switch), cells.EXPLICIT, tuple(draft_tokens))
-        for source in sources
-        for switch in switches
-    ]
-    rows = pool.ask(asked, workers=workers, progress=progress)
-    return pd.DataFrame([line(row, count) for row in rows for count in draft_tokens])
+    asked, lines = [], []
+    for name in trees:
+        try:
+            tree = states.get(name)
+        except states.TreeError as error:  # such as no network: a line that says so, and the others are asked
+            about = {"tree": name, "arch": base.arch, "no_answer_reason": str(error)}
+            lines += [about | {"switch": s, "draft_tokens": count} for s in switches for count in draft_tokens]
+            continue
+        asked += [
+            cells.Cell(tree, with_switch(base, switch), cells.EXPLICIT, tuple(draft_tokens)) for switch in switches
+        ]
+    rows = pool.ask(asked, workers=workers, progress=progress) if asked else []
+    return pd.DataFrame([*(line(row, count) for row in rows for count in draft_tokens), *lines], columns=COLUMNS)
 
 
 def line(row: dict, draft_tokens: int) -> dict:

@@ -114,6 +114,8 @@ def others(scores: Sequence[Score], ranks: Sequence[dict], served: Sequence[dict
         right = [row for row in ranks if row["ok"]]
         unasked = [row for row in ranks if row["ok"] is None]
         told.append(f"{len(right)} of {len(ranks) - len(unasked)} ranks give one rank's tokens")
+        if len(unasked) == len(ranks):
+            told[-1] = "no ranks could be run beside one another"
     if served:
         right = sum(row["ok"] for row in served)
         verb = "gets" if len(served) == 1 else "get"

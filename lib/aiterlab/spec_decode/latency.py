@@ -311,7 +311,10 @@ def _measured(group: str, spec: EngineSpec, cell: Cell, turn: int, marked: bool,
     batch = cell[0]
     tokens = found.tokens
     steps = [step for step, sequences in zip(found.steps_ms, found.steps_sequences, strict=True) if sequences == batch]
-    per_step = (found.counters.acceptance_length or None) if spec.draft_tokens else 1.0
+    # Over all steps: where n-gram lookup finds nothing, a step has no draft and gives one token.
+    drafts = found.counters.drafts + found.undrafted
+    rates = tuple(accepted / drafts for accepted in found.counters.accepted_per_position) if drafts else None
+    per_step = (1 + sum(rates) if rates is not None else None) if spec.draft_tokens else 1.0
     step = _median(steps)
     parts = found.components or {}
     return _row(
@@ -329,7 +332,7 @@ def _measured(group: str, spec: EngineSpec, cell: Cell, turn: int, marked: bool,
         step_p20_ms=_quantile(steps, 0.2),
         step_p80_ms=_quantile(steps, 0.8),
         tokens_per_step=per_step,
-        rates=tuple(found.counters.per_position_rates) if per_step and spec.draft_tokens else None,
+        rates=rates if spec.draft_tokens else None,
         step_samples_ms=[round(sample, 3) for sample in steps],
         **{name: parts.get(name) for name in PARTS},
     )

@@ -104,6 +104,17 @@ def last_drafted(methods: Sequence[str]) -> str:
     return drafted[-1]
 
 
+def largest(draft_tokens: Sequence[int]) -> int:
+    """Return the largest K.
+
+    Raises:
+        ValueError: there is none, or one that drafts nothing.
+    """
+    if not draft_tokens or min(draft_tokens) < 1:
+        raise ValueError(f"draft_tokens={list(draft_tokens)}: name one K or more, each at least 1, such as [2, 4]")
+    return max(draft_tokens)
+
+
 def device() -> str:
     """Name torch's device of the engines."""
     return "cuda" if processes.has_gpu() else "cpu"
@@ -119,7 +130,9 @@ def spec(pair: models.Pair, draft_tokens: int = 0, backend: str = "", **options)
 
 def specs(found: Mapping[str, models.Pair], methods: Iterable[str], draft_tokens: Sequence[int], **options):
     """Describe vanilla and one engine for each method and K; n-gram lookup has one, with the largest K."""
-    asked = [(method, k) for method in methods for k in (draft_tokens if method != "ngram" else [max(draft_tokens)])]
+    asked = [
+        (method, k) for method in methods for k in (draft_tokens if method != "ngram" else [largest(draft_tokens)])
+    ]
     return [spec(found[VANILLA], **options), *(spec(found[method], k, **options) for method, k in asked)]
 
 
