@@ -20,8 +20,8 @@ import pandas as pd
 from aiterlab import policy
 from aiterlab.attention.providers import place
 from aiterlab.policy import MAIN_SWITCH, Answer
+from aiterlab.spec_decode.engine import SUITE_PAGED
 
-SUITE_PAGED = "SUITE_PAGED"
 _AITER_FA = "ROCM_AITER_FA"
 _SHUFFLE = policy.FEATURES["shuffle_kv_cache"].switch
 # Names of the classes behind vLLM's names.

@@ -9,10 +9,9 @@ import pandas as pd
 
 from aiterlab.probes import proposer
 from aiterlab.spec_decode.accuracy import Score, within_error
+from aiterlab.spec_decode.engine import SUITE_PAGED
 from aiterlab.spec_decode.study import VANILLA
 from aiterlab.spec_decode.tables import MODELS, own
-
-OURS = "SUITE_PAGED"
 
 
 def lossless(greedy: Sequence[dict], sampled: Sequence[dict], broken: Sequence[dict]) -> str:
@@ -92,7 +91,9 @@ def backends(ratios: Sequence[dict], compared: pd.DataFrame) -> str:
         rows = [row for row in ratios if row["other"] == other and row["K"]]
         spans = ", ".join(f"{row['ratio']:.2f} at {row['context'] // 1024}k" for row in rows)
         told.append(f"{spans} times the tokens per second of {other}")
-    text = f"on the shape of Llama-3.1-8B (acceptance assumed) {OURS} gives " + " and ".join(told) if told else ""
+    text = (
+        f"on the shape of Llama-3.1-8B (acceptance assumed) {SUITE_PAGED} gives " + " and ".join(told) if told else ""
+    )
     if len(compared) and len(asked := compared[compared["outputs_agree"].notna()]):
         agree = int(asked["outputs_agree"].astype(bool).sum())
         verb = "agrees" if len(asked) == 1 else "agree"

@@ -25,7 +25,7 @@ from typing import Any
 
 from aiterlab.spec_decode import cost
 from aiterlab.spec_decode.cost import Components
-from aiterlab.spec_decode.engine import EngineSpec, Request
+from aiterlab.spec_decode.engine import SUITE_PAGED, EngineSpec, Request
 from aiterlab.spec_decode.steps import PARTS
 
 # Llama-3.1-8B and its EAGLE-3 head in bfloat16. Keys and values: 33 layers x 8 heads x 128 x 2 x 2 bytes.
@@ -57,7 +57,7 @@ def plan(
     draft_tokens: Sequence[int] = (1, 2, 3, 4, 5, 6, 7),
     cells: Sequence[Cell] = ((1, 128), (1, 2048), (1, 16384), (1, 32768), (8, 2048), (64, 128)),
     backend: str | None = "FLASH_ATTN",
-    backends: Sequence[str] = ("FLASH_ATTN", "TRITON_ATTN", "SUITE_PAGED"),
+    backends: Sequence[str] = ("FLASH_ATTN", "TRITON_ATTN", SUITE_PAGED),
     backend_cells: Sequence[Cell] = ((1, 16384), (1, 32768)),
     backend_draft_tokens: int = 4,
     output_tokens: int = 192,
@@ -269,7 +269,7 @@ def best_draft_tokens(table: Iterable[Row], *, by: str = "speed_up") -> dict[tup
     return {key: cost.best(speed_ups) for key, speed_ups in found.items()}
 
 
-def against_backends(table: Iterable[Row], ours: str = "SUITE_PAGED") -> list[Row]:
+def against_backends(table: Iterable[Row], ours: str = SUITE_PAGED) -> list[Row]:
     """Divide our backend's tokens per second by each other backend's, at the same method, K and cell of a group."""
     rows = [row for row in table if row["step_ms"] is not None]
     same = ("group", "method", "K", "batch", "context")
