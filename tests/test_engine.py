@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """aiterlab.spec_decode.engine, worker, processes: real vLLM engines in processes of their own, and their ends."""
 
-import contextlib
 import json
 import os
 import resource
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from engine_processes import group
 
 from aiterlab.spec_decode import engine, models, processes, repairs, worker
 from aiterlab.spec_decode.engine import Engine, EngineError, EngineSpec, Request, alive
@@ -43,16 +43,6 @@ def eagle3(name="eagle3", **changes):
 def fleet(tmp_path_factory):
     with alive([vanilla(), eagle3()], tmp_path_factory.mktemp("logs")) as engines:
         yield engines
-
-
-def group(pid):
-    """Processes of a group that still run."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.Error):
-            if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def one_line(error):

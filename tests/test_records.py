@@ -3,6 +3,7 @@ import json
 import math
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +133,10 @@ def test_json_is_written_for_people():
     with pytest.raises(ValueError, match="not JSON compliant"):
         records.dump_json(math.nan)
     assert json.loads(records.dump_json(None)) is None
+
+
+def test_lines_that_threads_add_to_a_journal_do_not_mix(tmp_path):
+    journal, long = tmp_path / "journal.jsonl", "x" * 100_000  # more than a buffer holds
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: records.append_line(journal, {"n": n, "text": long}), range(40)))
+    assert sorted(json.loads(line)["n"] for line in journal.read_text().splitlines()) == list(range(40))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """aiterlab.spec_decode.serving: one real `vllm serve`, what it answers, and how it ends."""
 
-import contextlib
 import os
 import signal
 import socket
@@ -9,6 +8,7 @@ import threading
 
 import psutil
 import pytest
+from engine_processes import group
 
 from aiterlab.spec_decode import models, processes
 from aiterlab.spec_decode.engine import EngineError, EngineSpec, Request, alive
@@ -37,16 +37,6 @@ def server(logs):
     with Server(eagle3(), logs) as running:
         running.wait_ready()
         yield running
-
-
-def group(pid):
-    """Processes of a group that still run."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.Error):
-            if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 @pytest.mark.slow

@@ -85,6 +85,13 @@ def dump_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def append_line(path: Path | str, row: Mapping[str, Any]) -> None:
+    """Add one JSON object to a journal as a line: one write, so that lines of several threads never mix."""
+    line = json.dumps(provenance.scrub_tree(row)) + "\n"
+    with open(path, "ab", buffering=0) as journal:
+        journal.write(line.encode("utf-8"))
+
+
 def atomic_write_text(path: Path | str, text: str) -> Path:
     """Write text so that a reader sees the old file or the whole new one; creates the folder."""
     return atomic_write_bytes(path, text.encode("utf-8"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pandas as pd
 import torch
 
-from aiterlab import paths, provenance
+from aiterlab import paths, records
 from aiterlab.attention.providers.place import Place
 from aiterlab.attention.providers.provider import Implementation
 from aiterlab.attention.workloads import Workload
@@ -111,8 +110,7 @@ class Study:
 
     def _note(self, rows: list[dict], row: dict) -> None:
         rows.append(row)
-        with self._journal.open("a") as journal:
-            journal.write(json.dumps(provenance.scrub_tree(row)) + "\n")
+        records.append_line(self._journal, row)
 
 
 def with_dtype(workloads: Iterable[Workload], dtypes: Iterable[str]) -> tuple[Workload, ...]:

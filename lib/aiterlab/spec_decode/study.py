@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from aiterlab import paths, provenance
+from aiterlab import paths, records
 from aiterlab.progress import Progress
 from aiterlab.spec_decode import (
     acceptance,
@@ -273,7 +272,7 @@ class Study:
             alone: the target without a draft on the backend of these engines, where that is not the one of `base`.
         """
         found = []
-        for (key, task), made in self.answers.items():
+        for (key, task), made in list(self.answers.items()):  # other backends may be answering meanwhile
             if key != base and (only is None or key in only):
                 shift = lossless.largest_shift(self.answers[base, task], self.answers[alone, task]) if alone else 0.0
                 found.append(lossless.compare_greedy(_part(self.answers[base, task], made), made, shift=shift))
@@ -478,8 +477,7 @@ class Study:
 
     def _note(self, rows: list[dict], kind: str, row: dict) -> None:
         rows.append(row)
-        with (self.folder / JOURNAL_NAME).open("a") as journal:
-            journal.write(json.dumps(provenance.scrub_tree({"kind": kind} | row)) + "\n")
+        records.append_line(self.folder / JOURNAL_NAME, {"kind": kind} | row)
 
 
 def _described(one: Engine) -> dict:

@@ -16,12 +16,12 @@ from aiterlab import paths, records
 from aiterlab.attention.tables import plain
 from aiterlab.spec_decode import accuracy, cost, latency
 from aiterlab.spec_decode.models import Pair
+from aiterlab.spec_decode.study import MODELS
 
 KERNELS_STEM = "04_run_attention_kernels"
 KERNEL_CASES = ("verify_q4_1x8k", "verify_q4_1x32k")
 MOST_DIFFERENCES = 12  # lines of the table
 OWN_BACKEND = "vLLM's choice"
-MODELS = "models"  # the group of engines with real weights; others have the shape of Llama-3.1-8B
 _TITLES = {
     "base": "against",
     "near_ties": "near-ties",
