@@ -47,7 +47,7 @@ AS_RELEASED = "vLLM as released"
 OWN_FILE = "file:"  # before the name of a file of prompts, in place of a task
 SHAPE = "8b:"  # before a cell that is timed on the shape of Llama-3.1-8B
 SHOTS = (0, 5)  # solved examples before a question of lm-eval
-SHAPE_OUTPUT_TOKENS = 256
+SHAPE_OUTPUT_TOKENS, SHAPE_TURNS = 96, 3  # turns in each round: a host changes its pace between turns more than within
 LONG = 16_384  # tokens of context from which backends are compared on the shape
 FEW = 4  # requests for each rank
 BESIDE_TOKENS = 64  # after a near-tie nothing can be compared, so longer answers would show less
@@ -333,7 +333,7 @@ class Study:
             with engine.alive(group.specs, self.folder / "engines" / group.name, progress=told) as engines:
                 for one in engines.values():
                     self._note(self.facts, "facts", {"group": group.name} | _described(one))
-                self._measure(engines, group.cells, rounds, SHAPE_OUTPUT_TOKENS, group.name)
+                self._measure(engines, group.cells, rounds * SHAPE_TURNS, SHAPE_OUTPUT_TOKENS, group.name)
 
     def beside(
         self, what: Iterable[str], pair: models.Pair, draft_tokens: int, asked: Asked, max_tokens: int,
