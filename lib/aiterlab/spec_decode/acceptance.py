@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 if TYPE_CHECKING:
     from aiterlab.spec_decode.engine import Generation
@@ -183,40 +182,6 @@ def interval(lengths: Sequence[Sequence[int]], *, seed: int = 0) -> tuple[float 
     means = tokens[drawn].sum(1) / steps[drawn].sum(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high), ""
-
-
-def table(rows: Iterable[Acceptance]) -> pd.DataFrame:
-    """Show acceptance to people: one line per method, K, task and temperature."""
-    return pd.DataFrame(
-        [
-            {
-                "method": one.method,
-                "K": one.draft_tokens,
-                "task": one.task,
-                "temperature": f"{one.temperature:g}",
-                "acceptance length": _with_interval(one),
-                "accepted of drafted": f"{one.accepted:,} of {one.drafted:,}",
-                "by position": _percent(one.rates),
-                "given the one before": _percent(one.conditional_rates),
-                "counters and steps": one.disagreement or f"agree ({one.cut_tokens} cut at ends)",
-            }
-            for one in rows
-        ]
-    )
-
-
-def _with_interval(one: Acceptance) -> str:
-    if one.length is None:
-        return "– (no draft was made)"
-    if one.length_low is None:
-        return f"{one.length:.2f} (no interval: {one.reason})"
-    return f"{one.length:.2f} ({one.length_low:.2f}–{one.length_high:.2f})"
-
-
-def _percent(rates: Sequence[float | None] | None) -> str:
-    if rates is None:
-        return "–"
-    return " ".join("–" if rate is None else f"{100 * rate:.0f}" for rate in rates) + " %"
 
 
 def _listed(rates: Sequence[float | None] | None) -> list[float | None] | None:
