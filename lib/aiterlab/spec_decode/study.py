@@ -47,7 +47,8 @@ AS_RELEASED = "vLLM as released"
 OWN_FILE = "file:"  # before the name of a file of prompts, in place of a task
 SHAPE = "8b:"  # before a cell that is timed on the shape of Llama-3.1-8B
 SHOTS = (0, 5)  # solved examples before a question of lm-eval
-SHAPE_OUTPUT_TOKENS, SHAPE_TURNS = 96, 3  # turns in each round: a host changes its pace between turns more than within
+SHAPE_OUTPUT_TOKENS = 192
+TURN_TOKENS = 64  # a host changes its pace between turns more than within, so many short ones say more
 LONG = 16_384  # tokens of context from which backends are compared on the shape
 FEW = 4  # requests for each rank
 BESIDE_TOKENS = 64  # after a near-tie nothing can be compared, so longer answers would show less
@@ -333,7 +334,7 @@ class Study:
             with engine.alive(group.specs, self.folder / "engines" / group.name, progress=told) as engines:
                 for one in engines.values():
                     self._note(self.facts, "facts", {"group": group.name} | _described(one))
-                self._measure(engines, group.cells, rounds * SHAPE_TURNS, SHAPE_OUTPUT_TOKENS, group.name)
+                self._measure(engines, group.cells, rounds, SHAPE_OUTPUT_TOKENS, group.name)
 
     def beside(
         self, what: Iterable[str], pair: models.Pair, draft_tokens: int, asked: Asked, max_tokens: int,
@@ -380,8 +381,10 @@ class Study:
         self, engines, wanted, rounds: int, output_tokens: int, group: str, prompts_of=latency.requests
     ) -> None:
         began, progress = time.monotonic(), Progress(what="cells timed")
+        turns = max(1, output_tokens // TURN_TOKENS)
         rows = latency.measure(
-            engines, wanted, rounds=rounds, output_tokens=output_tokens, group=group, prompts_of=prompts_of,
+            engines, wanted, rounds=rounds * turns, output_tokens=output_tokens // turns, group=group,
+            prompts_of=prompts_of,
             progress=lambda done, total: progress(done, total, time.monotonic() - began),
         )  # fmt: skip
         for row in rows:
