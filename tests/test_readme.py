@@ -9,13 +9,14 @@ import pytest
 
 from aiterlab import records
 from aiterlab.attention import tables
+from aiterlab.spec_decode import findings
 from aiterlab.spec_decode import tables as spec_tables
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results" / "reference"
 RECORDS = sorted(REFERENCE.rglob("record.json"))  # of the simulated machine NOTEBOOK/, of a GPU MACHINE/NOTEBOOK/
 KERNELS, EAGLE = "04_run_attention_kernels", "05_run_eagle_spec_decode"
-LARGEST_BYTES = {KERNELS: 2_000_000, EAGLE: 2_000_000}  # they carry every sample
+LARGEST_BYTES = {KERNELS: 2_000_000, EAGLE: 3_000_000}  # they carry every sample
 
 
 def block(name: str) -> str:
@@ -63,11 +64,27 @@ def eagle() -> str:
         record = records.load_record(path)
         report = path.parent.relative_to(ROOT).as_posix()
         device = record["card"]["device_name"]
-        parts.append(f"**{device}** ({made(record)}; [{report}]({report})): {record['finding']}\n")
-        ratios = spec_tables.ratios([row for row in record["ratios"] if row["K"]])
-        speed = spec_tables.predicted([row for row in record["predictions"] if row["group"] != spec_tables.MODELS])
-        parts += [_markdown(table) for table in (ratios, speed) if len(table)]
+        times = spec_tables.times(record["timed"])  # from each round's row: the medians are taken here
+        predictions, ratios = spec_tables.predictions(times), spec_tables.against(times)
+        told = [record["lossless"], record["acceptance"], findings.speed(times, predictions)]
+        told.append(findings.backends([row for row in ratios if row["K"]], pd.DataFrame()))
+        parts.append(f"**{device}** ({made(record)}; [{report}]({report})): {findings.whole(*told)}\n")
+        parts.append(_markdown(spec_tables.ratios([row for row in ratios if row["K"]])))
+        parts.append(_markdown(by_draft_tokens([row for row in predictions if row["group"] == "shape"])))
     return "\n".join(parts)
+
+
+def by_draft_tokens(rows: list[dict]) -> pd.DataFrame:
+    """Speed-up for each K: measured, the cost model's in brackets; backends that were timed at one K alone left out."""
+    shown = {}
+    for row in rows:
+        cell = shown.setdefault((row["backend"], row["batch"], row["context"]), {})
+        cell[f"K = {row['K']}"] = f"{row['measured_speed_up']:.2f} ({row['predicted_speed_up']:.2f})"
+    columns = [f"K = {k}" for k in range(1, 8)]
+    lines = [
+        {"sequences x context": f"{where[1]} x {where[2]}"} | cell for where, cell in shown.items() if len(cell) > 1
+    ]
+    return pd.DataFrame(lines, columns=["sequences x context", *columns])
 
 
 def _markdown(table: pd.DataFrame) -> str:

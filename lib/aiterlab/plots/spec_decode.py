@@ -138,12 +138,12 @@ def speedup_by_draft_tokens(rows: Sequence[Mapping], title: str, *, assumed: str
     ax.annotate(
         "vanilla decoding",
         (max(ks) + 0.42, 1),
-        (0, -3),
+        (0, 3),
         textcoords="offset points",
         fontsize=8,
         color=INK,
         ha="right",
-        va="top",
+        va="bottom",
     )
     names = list(table["series"].unique())
     missing = []

@@ -6,6 +6,11 @@ with a context. Its prompts are random token ids; prefix caching keeps their key
 engine and a round is decode alone. Rounds without marks are what counts; as many with marks (`steps`), in turn with
 them, say where a step's time goes, and are what the cost model predicts the others from.
 
+A step that waits for its host takes longer when others use that host, never less, and a host changes its pace between
+rounds more than within (1.5 times, on one GPU machine). So rounds go on, up to a limit, until each engine's quickest
+pace has been seen twice, and step times are those of the quiet rounds: the ones at about that pace. How many rounds
+were quiet is told, and the spread is that of all.
+
 Two speeds are told apart. `decode_tok_s` is tokens over time as they came. Requests of a batch end at different steps
 when acceptance is a matter of chance, so `steady_tok_s` is that of the median step with the whole batch in it: batch x
 tokens per step / step. Speed-ups are ratios of the steady one, within a group of engines that were alive together.
@@ -34,10 +39,11 @@ OVERHEAD_BYTES = 3_000_000_000  # a CUDA context, activations of the longest pre
 USABLE = 0.95  # share of the GPU's memory that a group of engines may plan with
 SLACK_TOKENS = 64  # of a sequence, beside context and output: draft tokens, and blocks that are not full
 RANDOM_IDS = (1_000, 3_000)  # ids that any vocabulary of the suite has, special tokens aside
+QUIET = 1.05  # times the quickest round's step: a round up to there was not disturbed
+PATIENCE = 3  # times as many rounds as asked for, at most, until every engine has had two quiet ones
 
 Cell = tuple[int, int]  # sequences, tokens of context of each
 Row = dict[str, Any]
-SPEED = ("decode_tok_s", "steady_tok_s", "step_ms", "step_p20_ms", "step_p80_ms")
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def measure(
 
     Args:
         engines: name to `Engine`; ready, or getting ready
-        rounds: without marks; before them each engine has one that is not counted
+        rounds: without marks, at least; before them each engine has one that is not counted. One alone stays one
         group: name of this set of engines, for the rows
         seed: of the prompts
         prompts_of: makes a cell's prompts; random ids if not given
@@ -180,12 +186,17 @@ def measure(
         options = {"temperature": temperature, "ignore_eos": True}
         for engine in able.values():
             engine.generate(prompts, max_tokens=32, **options)  # computes the prompts, and compiles what is missing
-        for turn, with_marks in itertools.product(range(rounds), (False, True) if marked else (False,)):
+        made: dict[tuple[str, bool], list[Row]] = {(name, kind): [] for name in able for kind in (False, True)}
+        most = PATIENCE * rounds if rounds > 1 else 1
+        for turn, with_marks in itertools.product(range(most), (False, True) if marked else (False,)):
             order = list(able)
             shift = turn % max(1, len(order))
             for name in order[shift:] + order[:shift]:
+                if turn >= rounds and len(_quiet(made[name, with_marks])) > 1:
+                    continue
                 found = able[name].generate(prompts, max_tokens=output_tokens, breakdown=with_marks, **options)
-                rows.append(_measured(group, able[name].spec, cell, turn, with_marks, found))
+                made[name, with_marks].append(_measured(group, able[name].spec, cell, turn, with_marks, found))
+                rows.append(made[name, with_marks][-1])
         if progress:
             progress(done + 1, len(cells))
     return rows
@@ -205,9 +216,10 @@ def refusal(spec: EngineSpec, kv_cache_tokens: int, cell: Cell, output_tokens: i
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """One row for each engine and cell: medians over the rounds, their spread, and the speed-up over vanilla.
+    """One row for each engine and cell: medians over its quiet rounds, the spread of all, the speed-up over vanilla.
 
     Vanilla is that of the same group, with the same backend where there is one. Parts are of the rounds with marks.
+    What a step gives is the mean of all rounds, or exactly what was assumed: the luck of a draw is no speed.
     """
     collected: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -215,30 +227,32 @@ def summary(rows: Iterable[Row]) -> list[Row]:
     table = []
     for members in collected.values():
         plain = [row for row in members if row["step_ms"] is not None and not row["marked"]]
-        marked = [row for row in members if row["marked"] and row["step_ms"] is not None]
-        steady = [row["steady_tok_s"] for row in plain]
+        quiet, marked = _quiet(plain), _quiet([row for row in members if row["marked"]])
+        rates = members[0]["assumed_rates"] or _mean_rates(plain)
+        per_step = cost.expected_tokens(rates) if rates else _median(row["tokens_per_step"] for row in plain)
         table.append(
             {name: members[0][name] for name in (*_WHO, "acceptance", "assumed_rates", "reason")}
-            | {name: _median(row[name] for row in plain) for name in (*SPEED, "tokens_per_step")}
-            | {"steady_p20_tok_s": _quantile(steady, 0.2), "steady_p80_tok_s": _quantile(steady, 0.8)}
-            | {"rates": _mean_rates(plain), "rounds": len(plain)}
+            | {name: _median(row[name] for row in quiet) for name in ("decode_tok_s", *_STEP)}
+            | {"steady_tok_s": _median(_tok_s(quiet, per_step))}
+            | {f"steady_p{percent}_tok_s": _quantile(_tok_s(plain, per_step), percent / 100) for percent in (20, 80)}
+            | {
+                "tokens_per_step": per_step,
+                "rates": rates,
+                "drawn_rates": _mean_rates(plain),
+                "rounds": len(plain),
+                "quiet_rounds": len(quiet),
+            }
             | {f"marked_{name}": _median(row[name] for row in marked) for name in ("step_ms", *PARTS)}
         )
     for row in table:
         base = _vanilla(row, table)
         known = base and row["steady_tok_s"] is not None and base["steady_tok_s"] is not None
         row["speed_up"] = row["steady_tok_s"] / base["steady_tok_s"] if known else None
-        # What the step would give at exactly the assumed acceptance, without the luck of the draw.
-        assumed = cost.expected_tokens(row["assumed_rates"]) if row["assumed_rates"] else row["tokens_per_step"]
-        row["speed_up_as_assumed"] = assumed * base["step_ms"] / row["step_ms"] if known and assumed else None
     return table
 
 
 def compare(table: Iterable[Row]) -> list[Row]:
-    """Hold the cost model against `summary`'s rows: for each backend, method and cell, one row for each K.
-
-    Rates are those that came out in the rounds without marks, so the luck of their draw is no error of the model.
-    """
+    """Hold the cost model against `summary`'s rows: for each backend, method and cell, one row for each K."""
     collected: dict[tuple, list[Row]] = {}
     for row in table:
         if row["step_ms"] is not None:
@@ -256,7 +270,8 @@ def compare(table: Iterable[Row]) -> list[Row]:
             rates = {k: drafted[k]["rates"] for k in speed}
             for row in cost.compare({0: vanilla} | measured, rates, {0: 1.0} | speed):
                 where = {"backend": backend, "method": method, "batch": batch, "context": context}
-                compared.append(where | {"acceptance": drafted[row["K"]]["acceptance"]} | row)
+                whose = drafted[row["K"]]
+                compared.append(where | {name: whose[name] for name in ("acceptance", "rounds", "quiet_rounds")} | row)
     return compared
 
 
@@ -282,22 +297,21 @@ def against_backends(table: Iterable[Row], ours: str = SUITE_PAGED) -> list[Row]
             | {"backend": ours, "other": other["backend"], "acceptance": own["acceptance"]}
             | {"ours_tok_s": own["steady_tok_s"], "other_tok_s": other["steady_tok_s"]}
             | {"ratio": own["steady_tok_s"] / other["steady_tok_s"]}
-            # With acceptance drawn anew in each round, steps compare what the backends do.
             | {"ours_step_ms": own["step_ms"], "other_step_ms": other["step_ms"]}
-            | {"step_ratio": other["step_ms"] / own["step_ms"]}
         )
     return ratios
 
 
 _WHO = ("group", "engine", "method", "K", "backend", "batch", "context")
 _RUN = ("round", "marked", "tokens", "wall_s", "prefill_s")
+_STEP = ("step_ms", "step_p20_ms", "step_p80_ms")
 
 
 def _row(group: str, spec: EngineSpec, cell: Cell, *, reason: str | None = None, **values) -> Row:
     """A row of which only what is given is known."""
     who = (group, spec.name, spec.method, spec.draft_tokens, spec.backend, *cell)
     assumed = spec.synthetic_acceptance
-    unknown = (*_RUN, *SPEED, "tokens_per_step", "rates", "step_samples_ms", *PARTS)
+    unknown = (*_RUN, "decode_tok_s", "steady_tok_s", *_STEP, "tokens_per_step", "rates", "steps", *PARTS)
     return (
         dict(zip(_WHO, who, strict=True))
         | {"acceptance": ("assumed" if assumed else "measured") if spec.draft_tokens else None}
@@ -333,7 +347,7 @@ def _measured(group: str, spec: EngineSpec, cell: Cell, turn: int, marked: bool,
         step_p80_ms=_quantile(steps, 0.8),
         tokens_per_step=per_step,
         rates=rates if spec.draft_tokens else None,
-        step_samples_ms=[round(sample, 3) for sample in steps],
+        steps=len(steps),
         **{name: parts.get(name) for name in PARTS},
     )
 
@@ -351,6 +365,17 @@ def _vanilla(row: Row, table: Sequence[Row]) -> Row | None:
         if not other["K"] and all(other[name] == row[name] for name in ("group", "batch", "context"))
     ]
     return next((other for other in same if other["backend"] == row["backend"]), same[0] if same else None)
+
+
+def _quiet(rows: Sequence[Row]) -> list[Row]:
+    """The rounds of one engine and cell at about its quickest pace."""
+    known = [row for row in rows if row["step_ms"] is not None]
+    pace = min((row["step_ms"] for row in known), default=None)
+    return [row for row in known if row["step_ms"] <= pace * QUIET]
+
+
+def _tok_s(rows: Sequence[Row], per_step: float | None) -> list[float]:
+    return [row["batch"] * per_step / row["step_ms"] * 1e3 for row in rows] if per_step else []
 
 
 def _mean_rates(rows: Sequence[Row]) -> tuple[float, ...] | None:

@@ -203,6 +203,7 @@ def predicted(rows: Sequence[dict]) -> pd.DataFrame:
             "error": f"{row['relative_error']:+.1%}",
             "error, K left out": None if row["left_out_error"] is None else f"{row['left_out_error']:+.1%}",
             "nothing accepted": f"{row['worst_case_speed_up']:.2f} ×",
+            "quiet rounds": f"{row['quiet_rounds']} of {row['rounds']}",
         }
         for row in rows
     ]
@@ -246,7 +247,6 @@ def ratios(rows: Sequence[dict]) -> pd.DataFrame:
         "other",
         "other_tok_s",
         "ratio",
-        "step_ratio",
     ]
     renamed = {
         "ours_tok_s": "SUITE_PAGED, tok/s",
@@ -254,7 +254,7 @@ def ratios(rows: Sequence[dict]) -> pd.DataFrame:
         "other_tok_s": "its tok/s",
         "ratio": "times as fast",
     }
-    return table[names].rename(columns=renamed | {"step_ratio": "by step time"})
+    return table[names].rename(columns=renamed)
 
 
 def figures(rows: Sequence[dict], compared: Sequence[dict]) -> dict[str, Shown]:
