@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aiterlab.attention import eager, gather, merge, paged, pages, pairwise, reference, tuning, varlen, workloads
+from aiterlab import pairwise
+from aiterlab.attention import eager, gather, merge, paged, pages, reference, tuning, varlen, workloads
 from aiterlab.attention.workloads import Workload
 from aiterlab.measure import checks
 

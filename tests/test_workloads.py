@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiterlab.attention import layouts, pairwise, workloads
+from aiterlab import pairwise
+from aiterlab.attention import layouts, workloads
 from aiterlab.attention.workloads import CASES, CPU_CASES, Workload
 
 SMALL = {"heads": 4, "kv_heads": 2, "head_size": 64, "dtype": "float16"}

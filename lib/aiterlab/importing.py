@@ -88,6 +88,11 @@ def serve(claims: Callable[[str], bool], fill: Callable[[ModuleType], None], ori
     sys.meta_path.insert(0, _Virtual(claims, fill, origin))
 
 
+def serve_the_rest(claims: Callable[[str], bool], fill: Callable[[ModuleType], None], origin: str) -> None:
+    """Like `serve`, but for modules that no other finder has: what is installed keeps its place."""
+    sys.meta_path.append(_Virtual(claims, fill, origin))
+
+
 class _Without(importlib.abc.MetaPathFinder):
     """The ordinary path finder of a machine on which some packages are not installed."""
 

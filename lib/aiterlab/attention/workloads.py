@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from aiterlab.attention import inputs, layouts, pairwise
+from aiterlab import pairwise
+from aiterlab.attention import inputs, layouts
 from aiterlab.attention.inputs import Inputs
 
 OPERATIONS = ("prefill", "extend", "decode", "verify", "gather")

@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -209,6 +210,42 @@ def _paged_attention_v1(
         lengths,
         scale.value,
     )
+
+
+def know_architecture(gfx: str) -> None:
+    """Let AITER know an architecture that a vLLM counts as supported and that this AITER is too old for."""
+
+    def extend(chip_info: ModuleType) -> None:
+        known = chip_info.GFX_MAP
+        if gfx not in known.values():
+            ledger.stood_in(f"AITER's list of architectures has {gfx}, as in later releases")
+            known[max(known) + 1] = gfx
+
+    for name in ("aiter.jit.utils.chip_info", "chip_info"):  # AITER imports this file under both names
+        importing.after_import(name, extend)
+
+
+def have_later_modules(package: Path) -> None:
+    """Have every module of AITER that the vLLM in `package` imports; what this AITER lacks is there by name.
+
+    A vLLM is written for the AITER of its time, and the wheel on the package index is older than the newest of them.
+    """
+
+    def wanted(name: str) -> bool:
+        if not name.startswith("aiter."):
+            return False
+        frame = sys._getframe(1)
+        while frame and frame.f_globals.get("__name__", "").startswith(("importlib", "_frozen_importlib", "aiterlab.")):
+            if frame.f_globals["__name__"] == "importlib.util":
+                return False  # somebody asks whether there is such a module
+            frame = frame.f_back
+        return frame is not None and frame.f_code.co_filename.startswith(str(package))
+
+    def fill(module: ModuleType) -> None:
+        ledger.stood_in(f"{module.__name__}, a module of later AITER releases, by name")
+        module.__getattr__ = functools.partial(_only_compiled, module.__name__)
+
+    importing.serve_the_rest(wanted, fill, "later AITER")
 
 
 def _accept_later_keywords(aiter: ModuleType) -> None:

@@ -24,6 +24,7 @@ class Architecture:
     compute_units: int
     wavefront: int  # lanes
     memory_bytes: int
+    integrated: bool = False  # on the CPU's package, with a share of its memory
 
     @property
     def gcn_arch_name(self) -> str:
@@ -45,6 +46,8 @@ ARCHITECTURES = {
         Architecture("gfx942", "AMD Instinct MI300X", "0x74a1", 304, 64, 192 * GIB),
         Architecture("gfx950", "AMD Instinct MI355X", "0x75a3", 256, 64, 288 * GIB),
         Architecture("gfx1100", "AMD Radeon RX 7900 XTX", "0x744c", 96, 32, 24 * GIB),
+        # Strix Halo (Ryzen AI Max+ 395); the largest share of its 128 GiB that its firmware gives the GPU.
+        Architecture("gfx1151", "AMD Radeon 8060S", "0x1586", 40, 32, 96 * GIB, integrated=True),
         Architecture("gfx1201", "AMD Radeon RX 9070 XT", "0x7550", 64, 32, 16 * GIB),
     )
 }

@@ -75,7 +75,7 @@ def _torch_device(gpu: Architecture) -> None:
         multi_processor_count=gpu.compute_units,
         warp_size=gpu.wavefront,
         total_memory=gpu.memory_bytes,
-        is_integrated=False,
+        is_integrated=gpu.integrated,
     )
     torch.cuda.get_device_properties = lambda device=None: properties
     torch.cuda.get_device_capability = lambda device=None: gpu.capability

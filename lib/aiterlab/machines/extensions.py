@@ -7,8 +7,10 @@ register the two that the attention backend calls, when the tree imports them an
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -120,6 +122,46 @@ _OPERATORS = (
         merge_attn_states,
     ),
 )
+
+
+class _NamedOperator:
+    """An operator of a compiled extension of which nobody needs more than that it has a name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, overload: str) -> _NamedOperator:
+        if overload.startswith("__"):
+            raise AttributeError(overload)
+        return _NamedOperator(f"{self._name}.{overload}")
+
+    def __call__(self, *args, **kwargs):
+        raise NotImplementedError(f"{self._name} is present on the simulated machine by name only")
+
+
+@contextlib.contextmanager
+def operators_by_name() -> Iterator[None]:
+    """While code is imported that only names operators of vLLM's compiled extensions, every such name is there.
+
+    Not for longer: a tree may ask whether an operator exists and choose another path if it does not.
+    """
+    namespace = torch._ops._OpNamespace
+    lookup = namespace.__getattr__
+
+    def __getattr__(self, name: str):
+        try:
+            return lookup(self, name)
+        except AttributeError:
+            if name.startswith("__") or not _EXTENSION.match(f"vllm.{self.name}"):
+                raise
+            ledger.stood_in("operators of vLLM's compiled extensions, by name, while code that names them is imported")
+            return _NamedOperator(f"torch.ops.{self.name}.{name}")
+
+    namespace.__getattr__ = __getattr__
+    try:
+        yield
+    finally:
+        namespace.__getattr__ = lookup
 
 
 def _fill_torchvision(module: ModuleType) -> None:

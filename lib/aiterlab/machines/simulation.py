@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from aiterlab import importing
 from aiterlab.machines import aiter_jit, driver, extensions
@@ -19,10 +20,11 @@ def install(machine: Machine, interpret: bool = True) -> None:
         interpret: run Triton kernels in Triton's interpreter; False: they can be compiled for the machine, not run.
 
     Raises:
-        RuntimeError: another machine has been installed in this process already. A process has one machine, because
-            imports decide things once.
+        RuntimeError: other hardware has been installed in this process already. A process has one, because imports
+            decide things once; the switches are the environment's, which may change.
     """
     global _installed
+    machine = replace(machine, switches={})
     if _installed is not None:
         if _installed != machine:
             raise RuntimeError(f"this process already runs on {_installed.to_json()}")
