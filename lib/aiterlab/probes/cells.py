@@ -12,11 +12,13 @@ from itertools import product
 from aiterlab import policy
 from aiterlab.machines import Machine
 from aiterlab.machines.description import with_switch
+from aiterlab.probes.layer import Layer
 from aiterlab.trees import Tree
 
 EXPLICIT = "ROCM_AITER_FA"
 SHUFFLE_SWITCH = policy.FEATURES["shuffle_kv_cache"].switch
 STEPS = ("prefill", "extend", "decode")
+TARGET = Layer()
 TRAP = "'builtin_function_or_method' object has no attribute"
 
 
@@ -40,6 +42,14 @@ class Cell:
     machine: Machine
     explicit: str | None  # name of the backend asked for by name, None for auto-selection
     draft_tokens: tuple[int, ...] = ()  # with which EAGLE is to propose; none: it is not asked to
+    layer: Layer = TARGET
+    drive: bool = True  # False: the platform, the policy and the selection of the layer; nothing is run
+
+    @property
+    def group(self) -> str:
+        """Cells with equal groups share all that happens before the choice and the layer matter: `Probe.begin`."""
+        told = self.request()
+        return json.dumps([told["tree"], told["machine"], self.drive], sort_keys=True)
 
     def request(self) -> dict:
         """What the child process is told."""
@@ -48,7 +58,8 @@ class Cell:
             "fingerprint": self.tree.fingerprint,
             "environment": self.tree.environment,
         }
-        asked = {"explicit": self.explicit, "draft_tokens": list(self.draft_tokens)}
+        asked = {"explicit": self.explicit, "draft_tokens": list(self.draft_tokens), "drive": self.drive}
+        asked["layer"] = asdict(self.layer)
         return {"tree": tree, "machine": asdict(self.machine)} | asked
 
     def key(self, context: str) -> str:
@@ -69,6 +80,7 @@ class Cell:
             "switch": self.machine.switch,
             "switches": switches,
             "selection": self.explicit or "auto",
+            **asdict(self.layer),
         }
 
 
@@ -139,6 +151,8 @@ def why_unanswered(facts: dict) -> str | None:
             continue
         if fact["raised_in"] == "aiterlab" and fact["type"] == "NotImplementedError":
             return f"the simulated machine has no stand-in: {fact['message']}"
+        if fact["raised_in"] == "torch" and "not compiled with CUDA" in fact["message"]:
+            return "the simulated machine has no GPU memory, and the backend asked for some"
         if fact["type"] == "ModuleNotFoundError" and "'aiter" not in fact["message"] and "'vllm" not in fact["message"]:
             return f"the environment lacks what this tree imports: {fact['message']}"
     return None

@@ -1,36 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One cell in one process: become the machine, take the tree, answer."""
+"""One cell in one process: become the machine, take the tree, answer.
+
+Run as `python -m aiterlab.probes.child FILE` with a request on standard input, it is a cold probe: a new interpreter
+with nothing preloaded, which leaves its answer in FILE.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 
-from aiterlab import paths
+from aiterlab import paths, records
 from aiterlab.machines import Machine
+from aiterlab.machines.description import ENVIRONMENT_VARIABLE
+from aiterlab.probes import preload
 
 _VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "aiterlab_simulated_rocm,aiterlab_hotfix",  # other plugins belong to the installed vLLM
 }
+_answered = 0  # cells that this process has finished; a cell must begin in one that has finished none
 
 
 def answer(request: dict) -> dict:
     """Answer one cell in this process, which must not have imported vLLM or AITER.
 
     Args:
-        request: `machine` (see Machine.to_json), `tree` with `folder`, `fingerprint` and `environment`, `explicit`,
-            `draft_tokens`.
+        request: `machine` (see Machine.to_json), `tree` with `folder`, `fingerprint` and `environment`, and what is
+            asked: `explicit`, `draft_tokens`, `layer`, `drive`.
     """
+    take_place(request)
+    probe = make_probe(request)
+    probe.begin(request["drive"])
+    return finish(probe, request)
+
+
+def take_place(request: dict) -> None:
+    """Make this process one of the machine, with the tree on its import path; nothing of the tree is imported."""
     machine = Machine(**request["machine"])
     tree = request["tree"]
     for name, value in (machine.environment() | _VLLM_ENVIRONMENT | tree["environment"]).items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        _set(name, value)
     # vLLM inspects model classes in a process of its own and remembers the answer; both must happen on this tree.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [tree["folder"], os.environ.get("PYTHONPATH")]))
     os.environ["VLLM_CACHE_ROOT"] = str(paths.cache_dir() / "vllm" / tree["fingerprint"][:16])
@@ -45,7 +61,77 @@ def answer(request: dict) -> dict:
         from aiterlab.machines import native
 
         native.watch_compilation()
+
+
+def set_switches(request: dict, moved: Iterable[str]) -> None:
+    """Turn the switches of a machine that this process is on already.
+
+    Args:
+        moved: every variable in which the machines differ that this process has served or will serve.
+    """
+    machine = Machine(**request["machine"])
+    for name in moved:
+        _set(name, machine.switches.get(name))
+    _set(ENVIRONMENT_VARIABLE, machine.to_json())
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def make_probe(request: dict):
+    """The questions to the tree of the request."""
     from aiterlab.probes.questions import Probe
 
-    package = Path(tree["folder"]) / "vllm"
-    return Probe(package, request["explicit"], request["draft_tokens"], simulated=machine.simulated).answer()
+    return Probe(Path(request["tree"]["folder"]) / "vllm", simulated=Machine(**request["machine"]).simulated)
+
+
+def finish(probe, request: dict) -> dict:
+    """Answer the cell with a probe that has begun."""
+    global _answered
+    from aiterlab.probes.layer import Layer
+
+    _answered += 1
+    return probe.finish(request["explicit"], request["draft_tokens"], Layer(**request["layer"]), request["drive"])
+
+
+def state() -> dict:
+    """What of this process a cell that begins in it could notice."""
+    return {
+        "modules": _digest(sorted(sys.modules)),
+        "environment": _digest(sorted(f"{name}={value}" for name, value in os.environ.items())),
+    }
+
+
+def answered() -> int:
+    return _answered
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def keep(facts: dict, began_with: dict, loaded_modules: list[str], file: str) -> None:
+    """Leave an answer where the pool looks for it."""
+    about = {"began_with": began_with, "loaded_modules": loaded_modules, "long_patterns": preload.long_patterns()}
+    about["answered_utc"] = datetime.now(UTC).isoformat(timespec="seconds")
+    records.atomic_write_text(Path(file), json.dumps(facts | about))
+
+
+def main() -> None:
+    began_with = state() | {"answered": answered()}
+    request = json.load(sys.stdin)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    before = set(sys.modules)
+    facts = answer(request)
+    keep(facts, began_with, preload.loadable([name for name in sys.modules if name not in before]), sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # no clean-up: libraries registered for a simulated device do not unload cleanly
+
+
+if __name__ == "__main__":
+    main()

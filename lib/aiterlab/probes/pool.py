@@ -4,21 +4,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
-import re
+import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 
-from aiterlab import paths, records
-from aiterlab.probes.cells import Cell, Verdict, verdict, why_unanswered
+from aiterlab import paths
+from aiterlab.probes import answers
+from aiterlab.probes.cells import Cell
+from aiterlab.probes.plan import Plan
+from aiterlab.probes.preload import Names
 
 TIMEOUT_S, NATIVE_TIMEOUT_S = 240, 3600  # on a real machine AITER compiles its modules, for minutes each
 _SERVER_ENVIRONMENT = {
@@ -31,10 +33,13 @@ _SERVER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
     "MPLBACKEND": "agg",  # the one of a notebook's kernel cannot be imported outside it
+    "PYTHONHASHSEED": "0",  # what prints a set prints it in one order, in every process
 }
 # Triton looks at the first while its own library is imported, so it is set before anything is. The second keeps a real
 # GPU out of a simulated machine.
 _SIMULATION = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+# What differs between two askings of one question without being an answer.
+_NO_ANSWER = ("seconds",)
 
 
 class ServerError(RuntimeError):
@@ -47,110 +52,131 @@ def ask(
     workers: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     timeout_s: float | None = None,
+    cold: bool = False,
+    fresh: bool = False,
 ) -> list[dict]:
     """Answer every cell; returns rows in the order of `cells`: coordinates, `verdict`, `facts`, `reused`, `seconds`.
 
-    An answer that this run has already is read back instead of asked again; a different tree, machine, switch,
-    version of a package or of this code is a different question. A probe that crashes or hangs is a row with
-    the verdict "no answer" and its reason; the other cells go on.
+    An answer that this run has already is read back instead of asked again, and its row says since when it is there
+    (`answered_utc`); a different tree, machine, switch, layer, version of a package or of this code is a different
+    question. A probe that crashes or hangs is a row with the verdict "no answer" and its reason; the other cells go on.
 
     Args:
         workers: processes at a time; the number of usable cores by default.
         progress: called with (cells done, cells in all, seconds since the start) after each answer.
         timeout_s: seconds after which one cell is killed; 240, and an hour on a native machine, by default.
+        cold: answer each cell in a new interpreter with nothing preloaded; such answers are kept apart.
+        fresh: ask again what this run has an answer to.
     """
     workers = workers or len(os.sched_getaffinity(0))
     folder = paths.cells_dir()
-    context = _context()
+    context = answers.context() + (" cold" if cold else "")
     files = [folder / f"{cell.key(context)}.json" for cell in cells]
     # Another GPU would be another question, and an answer does not know its GPU: native cells are always asked anew.
     rows: list[dict | None] = [
-        _read(cell, file, reused=True) if cell.machine.simulated else None
+        answers.read(cell, file) if cell.machine.simulated and not fresh else None
         for cell, file in zip(cells, files, strict=True)
     ]
     for i, cell in enumerate(cells):
         if not cell.machine.simulated and not cell.tree.compiled:
-            rows[i] = _unasked(cell, "this tree has no compiled extensions for this GPU; ask the tree `installed`")
+            rows[i] = answers.unasked(
+                cell, "this tree has no compiled extensions for this GPU; ask the tree `installed`"
+            )
     start = time.monotonic()
+    places: dict[Path, list[int]] = {}
+    for i, file in enumerate(files):  # a question that was put twice is asked once
+        places.setdefault(file, []).append(i)
 
     def finish(index: int, row: dict) -> None:
-        for i, file in enumerate(files):
-            if file == files[index]:  # a question that was put twice is asked once
-                rows[i] = row
+        for i in places[files[index]]:
+            rows[i] = row
         if progress:
             progress(sum(row is not None for row in rows), len(rows), time.monotonic() - start)
 
-    todo = {i: (cell, file) for i, (cell, file, row) in enumerate(zip(cells, files, rows, strict=True)) if row is None}
-    todo = {i: asked for i, asked in todo.items() if files.index(asked[1]) == i}
+    todo = {i: (cells[i], file) for file, (i, *_) in places.items() if rows[i] is None}
+    for file in (file for _, file in todo.values()):
+        file.unlink(missing_ok=True)
     if simulated := {i: asked for i, asked in todo.items() if asked[0].machine.simulated}:
         limit_s = timeout_s or TIMEOUT_S
-        preload = _Preload()
-        with _Server(preload.names or preload.scout(next(iter(simulated.values()))[0], limit_s), _SIMULATION) as server:
-            server.answer(simulated, workers, limit_s, finish)
-        preload.extend(name for i in simulated for name in rows[i]["loaded_modules"])
-    if native := {i: asked for i, asked in todo.items() if i not in simulated}:
-        # A process that forks must not have touched a GPU, so nothing is preloaded; and one GPU means one at a time.
-        with _Server([], {}) as server:
-            server.answer(native, 1, timeout_s or NATIVE_TIMEOUT_S, finish)
+        if cold:
+            _carry_out(Plan(simulated, workers, limit_s, finish, cold=True), {}, _SIMULATION)
+        else:
+            _ask_forked(simulated, workers, limit_s, finish, rows)
+    if native := {i: asked for i, asked in todo.items() if not asked[0].machine.simulated}:
+        # A process that forks must not have touched a GPU, so none is forked; and one GPU means one at a time.
+        _carry_out(Plan(native, 1, timeout_s or NATIVE_TIMEOUT_S, finish, cold=True), {}, {})
     return rows
 
 
-def _read(
-    cell: Cell, file: Path, *, reused: bool, seconds: float | None = None, peak_memory_bytes: int | None = None
-) -> dict | None:
-    """The row of one cell from its answer's file; None if there is no answer yet."""
-    if not file.exists():
-        return None
-    facts = json.loads(file.read_text())
-    return cell.coordinates() | {
-        "verdict": str(verdict(facts)),
-        "facts": facts,
-        "reused": reused,
-        "seconds": seconds,
-        "loaded_modules": facts.pop("loaded_modules", []),
-        "peak_memory_bytes": peak_memory_bytes,
-        "no_answer_reason": why_unanswered(facts),
-        "aiter_log": _aiter_log(file.with_suffix(".log")),
-    }
+def _ask_forked(todo: dict, workers: int, limit_s: float, finish, rows: list) -> None:
+    """Answer cells in processes that are forked from one with third-party modules; learn which these are."""
+    kind = "driven" if any(cell.drive for cell, _ in todo.values()) else "asked"
+    modules, patterns = Names(kind, answers.versions()), Names("patterns", answers.versions())
+    first = next(iter(todo))
+    parts = [{first: todo[first]}, {i: asked for i, asked in todo.items() if i != first}]
+    for part in [todo] if modules.known else filter(None, parts):
+        plan = Plan(part, workers, limit_s, finish, cold=False)
+        _carry_out(plan, {"modules": modules.names, "patterns": patterns.names}, _SIMULATION)
+        for names, what in ((modules, "loaded_modules"), (patterns, "long_patterns")):
+            names.extend(name for i in part for name in rows[i][what])
 
 
-def _aiter_log(log: Path) -> list[str]:
-    """What AITER printed while the cell was asked, without the paths of this machine."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return [re.sub(r"\S*/(?=[^/\s])", "", line) for line in lines if line.startswith("[aiter]")]
+def _carry_out(plan: Plan, preload: dict[str, list[str]], environment: dict[str, str]) -> None:
+    while True:
+        with Server(preload, environment) as server:
+            if server.leave_out is None:
+                server.carry_out(plan)
+                return
+        preload = preload | {"modules": [name for name in preload["modules"] if name != server.leave_out]}
 
 
-def _unanswered(cell: Cell, ending: dict, log: Path) -> dict:
-    tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-    why = "timed out" if ending["timed_out"] else f"ended with status {ending['exit_status']}"
-    row = _unasked(cell, f"{why}: {tail[-1]}" if tail else why)
-    return row | {
-        "seconds": ending["seconds"],
-        "peak_memory_bytes": ending["peak_memory_bytes"],
-        "aiter_log": _aiter_log(log),
-    }
+def compare_cold(
+    cells: Sequence[Cell],
+    rows: Sequence[dict],
+    *,
+    share: float = 0.05,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[dict]:
+    """Ask a random share of the cells again, each in a new interpreter; returns what it answered differently.
+
+    Args:
+        rows: the answers of `cells`, in their order.
+        share: of the cells, rounded up.
+        seed: chooses the cells.
+
+    Returns:
+        One entry per fact that differs: the cell's coordinates, the fact's path, and both answers.
+    """
+    chosen = sorted(random.Random(seed).sample(range(len(cells)), min(len(cells), ceil(share * len(cells)))))
+    again = ask([cells[i] for i in chosen], workers=workers, progress=progress, cold=True)
+    return [
+        cells[i].coordinates() | {"fact": path, "pooled": pooled, "cold": cold}
+        for i, row in zip(chosen, again, strict=True)
+        for path, pooled, cold in _differences(_answer(rows[i]), _answer(row))
+    ]
 
 
-def _unasked(cell: Cell, reason: str) -> dict:
-    return cell.coordinates() | {
-        "verdict": str(Verdict.UNANSWERED),
-        "facts": {},
-        "reused": False,
-        "seconds": None,
-        "loaded_modules": [],
-        "peak_memory_bytes": None,
-        "no_answer_reason": reason,
-        "aiter_log": [],
-    }
+def _answer(row: dict) -> dict:
+    return {"facts": row["facts"], "no_answer_reason": row["no_answer_reason"]}
 
 
-class _Server:
-    """The forking process, spoken to through its standard input and output."""
+def _differences(one, other, path: str = ""):
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in sorted({*one, *other} - set(_NO_ANSWER)):
+            yield from _differences(one.get(name), other.get(name), f"{path}.{name}" if path else name)
+    elif one != other:
+        yield path, one, other
 
-    def __init__(self, preload: list[str], environment: dict[str, str]) -> None:
+
+class Server:
+    """The root of all probe processes, spoken to through its standard input and output."""
+
+    def __init__(self, preload: dict[str, list[str]], environment: dict[str, str]) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "aiterlab.probes.server"],
+            [sys.executable, "-P", "-m", "aiterlab.probes.server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -159,21 +185,20 @@ class _Server:
             start_new_session=True,  # Ctrl-C reaches us, and we end it in order
         )
         try:
-            self._send({"preload": preload})
-            if self._receive() != {"ready": True}:
-                raise ServerError("the probe server sent no greeting")
+            self._send(preload)
+            self.leave_out = self._receive().get("leave_out")
         except BaseException:  # Ctrl-C while it imports: nobody else would end it
             self.close()
             raise
 
-    def __enter__(self) -> _Server:
+    def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the server and, with it, every child."""
+        """End the server and, with it, every process of its own."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
@@ -184,24 +209,16 @@ class _Server:
         self.process.stdout.close()
         self.errors.close()
 
-    def answer(self, todo: dict[int, tuple[Cell, Path]], workers: int, timeout_s: float, finish) -> None:
-        waiting = list(todo.items())[::-1]
-        running: set[int] = set()
-        while waiting or running:
-            while waiting and len(running) < workers:
-                index, (cell, file) = waiting.pop()
-                running.add(index)
-                request = {"id": index, "cell": cell.request(), "answer": str(file), "timeout_s": timeout_s}
-                self._send(request | {"log": str(file.with_suffix(".log"))})
-            ending = self._receive()
-            index = ending["id"]
-            running.remove(index)
-            cell, file = todo[index]
-            row = None
-            if ending["exit_status"] == 0:
-                measured = {"seconds": ending["seconds"], "peak_memory_bytes": ending["peak_memory_bytes"]}
-                row = _read(cell, file, reused=False, **measured)
-            finish(index, row or _unanswered(cell, ending, file.with_suffix(".log")))
+    def carry_out(self, plan: Plan) -> None:
+        """Keep the workers busy until the plan has nothing left to do."""
+        running = 0
+        while True:
+            while running < plan.workers and (unit := plan.next_unit()):
+                self._send(unit)
+                running += 1
+            if not running:
+                return
+            running -= plan.hear(self._receive())
 
     def _send(self, message: dict) -> None:
         try:
@@ -219,43 +236,3 @@ class _Server:
     def _ended(self) -> ServerError:
         self.errors.seek(0)
         return ServerError(f"the probe server ended (status {self.process.wait()}): {self.errors.read()[-2000:]}")
-
-
-class _Preload:
-    """Names of the modules that a server imports before it forks: what cells were seen to load."""
-
-    def __init__(self) -> None:
-        key = hashlib.sha256(_versions().encode()).hexdigest()[:16]
-        self.file = paths.cache_dir() / f"preload-{key}.json"
-        self.names: list[str] = json.loads(self.file.read_text()) if self.file.exists() else []
-
-    def scout(self, cell: Cell, timeout_s: float) -> list[str]:
-        """Learn the names from one cell in a process that starts with nothing imported."""
-        rows: dict[int, dict] = {}
-        with tempfile.TemporaryDirectory() as folder, _Server([], _SIMULATION) as server:
-            server.answer({0: (cell, Path(folder) / "scout.json")}, 1, timeout_s, rows.__setitem__)
-        self.extend(rows[0]["loaded_modules"])
-        return self.names
-
-    def extend(self, names: Iterable[str]) -> None:
-        """Remember modules that cells had to load themselves, so that the next server brings them along."""
-        if new := [name for name in dict.fromkeys(names) if name not in set(self.names)]:
-            self.names = self.names + new
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            records.atomic_write_text(self.file, json.dumps(self.names))
-
-
-def _context() -> str:
-    """All that an answer depends on besides the cell: this code, the packages, the interpreter."""
-    digest = hashlib.sha256(f"{sys.version}\n{_versions()}".encode())
-    package = Path(__file__).parents[1]
-    for part in ("machines", "probes", "trees", "attention", "hotfix.py", "policy.py", "importing.py"):
-        path = package / part
-        for source in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if source.suffix == ".py" or source.parent.name == "bin":
-                digest.update(source.read_bytes())
-    return digest.hexdigest()
-
-
-def _versions() -> str:
-    return "\n".join(sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions()))

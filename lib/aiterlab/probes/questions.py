@@ -7,47 +7,83 @@ Runs in a process of its own, after the machine has been installed and the tree 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
-from aiterlab import hotfix, paths
-from aiterlab.machines import driver, ledger
-from aiterlab.probes import drive, failure, models, proposer
+from aiterlab import hotfix
+from aiterlab.machines import aiter_jit, driver, extensions, ledger
+from aiterlab.probes import drive, engine, environment, failure, inspection, models, proposer, selection
 from aiterlab.probes.cells import EXPLICIT
 from aiterlab.probes.imports import ImportLedger
+from aiterlab.probes.layer import Layer
 
 FA_UTILS_NAMES = ("flash_attn_varlen_func", "get_scheduler_metadata", "reshape_and_cache_flash")
+AFTERWARDS = ("target_choice", "environment")  # further questions, whose imports are not those of the cell
 
 
 class Probe:
-    """One tree on one machine; `answer` asks everything in the order in which an engine would meet it."""
+    """One tree on one machine; asked in the order in which an engine would meet the questions.
 
-    def __init__(
-        self, package: Path, explicit: str | None, draft_tokens: Sequence[int] = (), *, simulated: bool
-    ) -> None:
-        self.package, self.explicit, self.draft_tokens = package, explicit, draft_tokens
-        self.simulated = simulated
+    `begin` asks what neither the user's choice nor the layer can change, so that cells that differ only in these can
+    share a process up to there; `finish` asks the rest. Each is called once in a process.
+    """
+
+    def __init__(self, package: Path, *, simulated: bool) -> None:
+        self.package, self.simulated = package, simulated
         self.imports = ImportLedger(package)
+        self.facts: dict = {}
+        self.explicit: str | None = None
+        self.draft_tokens: Sequence[int] = ()
+        self.layer = Layer()
+        self.witness = selection.Witness()
 
-    def answer(self) -> dict:
-        """All facts of the cell as JSON. A question that ends in an exception answers with the exception."""
+    def begin(self, drive: bool = True) -> None:
+        """Ask for the platform and the policy.
+
+        Args:
+            drive: False: also import what an engine has imported when it first looks at a choice. A driven cell meets
+                these imports later, and its answer says when.
+        """
         self.imports.watch()
-        facts: dict = {"explicit": self.explicit}
-        for name, question in (
-            ("platform", self._platform),
-            ("policy", self._policy),
-            ("vit", self._vision_encoder),
-            ("selection", self._selection),
-            ("eagle", self._eagle),
-            ("fa_utils", self._fa_utils),
-            *([("proposer", self._proposer)] if self.draft_tokens else []),
-        ):
-            facts[name] = self._ask(name, question)
-        facts["aiter_imports"] = self.imports.entries
-        facts["jit_modules"] = ledger.jit_modules
-        facts["stand_ins"] = sorted(ledger.stand_ins)
-        return facts
+        if self.simulated:
+            inspection.fork()
+        self._ask_all(platform=self._platform, policy=self._policy)
+        if not drive:
+            if self.simulated:
+                self._bring_aiter_up_to_date()
+            self._ask_all(engine=self._engine)
+
+    def finish(
+        self,
+        explicit: str | None = None,
+        draft_tokens: Sequence[int] = (),
+        layer: Layer | None = None,
+        drive: bool = True,
+    ) -> dict:
+        """All facts of the cell as JSON. A question that ends in an exception answers with the exception."""
+        self.explicit, self.draft_tokens, self.layer = explicit, draft_tokens, layer or Layer()
+        if drive:
+            self._ask_all(vit=self._vision_encoder, selection=self._driven_selection, eagle=self._eagle)
+            self._ask_all(fa_utils=self._fa_utils)
+            if draft_tokens:
+                self._ask_all(proposer=self._proposer)
+        else:
+            self._ask_all(selection=self._selection)
+            self.facts["selection"] |= self.witness.facts()
+            if self.layer.role == "draft" and explicit:
+                self._ask_all(target_choice=self._target_choice)
+            self._ask_all(environment=self._environment)
+        for name, entries in (("aiter_imports", self.imports.entries), ("jit_modules", ledger.jit_modules)):
+            self.facts[name] = [entry for entry in entries if entry["step"] not in AFTERWARDS]
+        return {"explicit": explicit} | self.facts | {"stand_ins": sorted(ledger.stand_ins)}
+
+    def _ask_all(self, **questions: Callable[[], dict]) -> None:
+        for name, question in questions.items():
+            self.facts[name] = self._ask(name, question)
 
     def _ask(self, name: str, question: Callable[[], dict]) -> dict:
         ledger.enter(name)
@@ -72,16 +108,22 @@ class Probe:
         import vllm.plugins
 
         vllm.plugins.load_general_plugins()
-        import vllm._aiter_ops as operators
+        try:
+            import vllm._aiter_ops as operators
+        except ModuleNotFoundError as error:
+            if error.name != "vllm._aiter_ops":
+                raise
+            return {"available": None, "enabled": None, "missing": error.name}  # the tree states no policy as a whole
 
-        switches = operators.rocm_aiter_ops
+        available, switches = _available(operators), operators.rocm_aiter_ops
         enabled = {
             name.removeprefix("is_").removesuffix("_enabled"): bool(getattr(switches, name)())
             for name in sorted(dir(switches))
             if name.startswith("is_") and name.endswith("_enabled") and name != "is_enabled"
         }
         return {
-            "available": bool(operators.is_aiter_found_and_supported()),
+            "available": next(iter(available.values())),
+            "available_by": available,
             "enabled": bool(switches.is_enabled()),
             "enabled_features": sorted(name for name, on in enabled.items() if on),
             "shuffle_kv_cache_enabled": enabled.get("shuffle_kv_cache"),
@@ -106,7 +148,58 @@ class Probe:
             "explicit": choose(models.HEAD_SIZE, torch.float16, AttentionBackendEnum[EXPLICIT]).name,
         }
 
+    def _bring_aiter_up_to_date(self) -> None:
+        """Let the simulated machine have the AITER that this tree was written for, as far as a choice depends on it."""
+        aiter_jit.have_later_modules(self.package)
+        if any(self.facts["policy"].get("available_by", {}).values()):
+            aiter_jit.know_architecture(os.environ["AITERLAB_ARCH"])
+
+    def _engine(self) -> dict:
+        """Import the modules in which an engine reads its options and builds attention."""
+        importlib.import_module("vllm.engine.arg_utils")
+        engine.attention_class()
+        return {}
+
     def _selection(self) -> dict:
+        """Build the real attention layer as an engine would, and say which backend the tree chose for it."""
+        with self.witness:
+            return self._choose(self.explicit, for_draft=engine.drafts_choose_themselves())
+
+    def _target_choice(self) -> dict:
+        """Which backend the draft gets when the choice is made for the engine and not for the draft."""
+        selection.forget()
+        with selection.Witness() as witness:
+            answer = self._choose(self.explicit, for_draft=False)
+        return answer | witness.facts()
+
+    def _choose(self, explicit: str | None, *, for_draft: bool) -> dict:
+        from vllm.config import set_current_vllm_config
+
+        if self.layer.role == "target":
+            through, options = engine.choose(explicit)
+            config = engine.configuration(self.layer, **options)
+        elif for_draft and explicit:
+            through, options = f"speculative_config.{engine.DRAFT_CHOICE}", {engine.DRAFT_CHOICE: explicit}
+            config = self._draft_config(**engine.speculation(self.layer, 1, **options))
+        else:
+            through, options = engine.choose(explicit)
+            config = self._draft_config(**options, **engine.speculation(self.layer, 1))
+        with set_current_vllm_config(config), self._memory(), self._device():
+            layer = engine.build(self.layer, config)
+        return selection.chosen(layer, self.package) | {"asked_through": through}
+
+    def _draft_config(self, **options):
+        from vllm.config import set_current_vllm_config
+
+        config = engine.configuration(self.layer, **options)
+        named = extensions.operators_by_name() if self.simulated else contextlib.nullcontext()
+        with set_current_vllm_config(config), self._memory(), named:
+            return engine.draft_configuration(config, self._device())
+
+    def _environment(self) -> dict:
+        return environment.ask(self.layer, self.witness.warnings)
+
+    def _driven_selection(self) -> dict:
         """Build vLLM's real attention layer; if it chose AITER's backend, drive it."""
         import torch
         from vllm.config import set_current_vllm_config
@@ -115,52 +208,17 @@ class Probe:
         device = self._device()
         with set_current_vllm_config(config), self._memory():
             with device:  # as vLLM constructs a model; what the probe makes itself says where it lives
-                layer = self._attention_layer(config)
-            backend = layer.attn_backend
-            chosen = next((e.name for e in type(layer.backend) if _path(e) == _qualified(backend)), backend.__name__)
-            answer = {"backend": chosen, "backend_class": _qualified(backend)}
-            if chosen == EXPLICIT:
+                layer = engine.build(self.layer, config)
+            answer = selection.chosen(layer, self.package)
+            if answer["backend"] == EXPLICIT:
                 answer["drive"] = drive.run(layer, config, self.package, torch.float16, device)
         return answer
 
     def _memory(self):
         return driver.pageable_memory() if self.simulated else contextlib.nullcontext()
 
-    def _attention_layer(self, config):
-        import torch
-
-        try:
-            from vllm.model_executor.layers.attention import Attention
-        except ImportError:
-            from vllm.attention.layer import Attention
-
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float16)  # vLLM does so around the construction of a model
-        try:
-            return Attention(
-                models.HEADS, models.HEAD_SIZE, drive.SCALE, models.KV_HEADS,
-                cache_config=config.cache_config, prefix="model.layers.0.self_attn.attn",
-            )  # fmt: skip
-        finally:
-            torch.set_default_dtype(default)
-
     def _engine_config(self, **options):
-        from vllm.engine.arg_utils import EngineArgs
-
-        target, _ = models.write(paths.cache_dir() / "probe-models")
-        if self.explicit:
-            options["attention_config"] = {"backend": self.explicit}
-        return EngineArgs(
-            model=target,
-            skip_tokenizer_init=True,
-            dtype="float16",
-            max_model_len=models.MAX_MODEL_LEN,
-            enforce_eager=True,
-            load_format="dummy",
-            block_size=drive.PAGE,
-            max_num_seqs=8,
-            **options,
-        ).create_engine_config()
+        return engine.configuration(self.layer, **engine.choose(self.explicit)[1], **options)
 
     def _eagle(self) -> dict:
         """Construct the real EAGLE proposer and read which attention metadata it allows its draft."""
@@ -184,16 +242,13 @@ class Probe:
             config, device = self._eagle_config(count), self._device()
             with set_current_vllm_config(config), self._memory():
                 with device:
-                    layer = self._attention_layer(config)
+                    layer = engine.build(self.layer, config)
                 eagle = EagleProposer(config, device, None)
                 proposals[str(count)] = proposer.propose(layer, config, eagle, self.package, torch.float16, device)
         return {"proposals": proposals}
 
     def _eagle_config(self, draft_tokens: int):
-        _, draft = models.write(paths.cache_dir() / "probe-models")
-        return self._engine_config(
-            speculative_config={"method": "eagle", "model": draft, "num_speculative_tokens": draft_tokens}
-        )
+        return self._engine_config(**engine.speculation(self.layer, draft_tokens))
 
     def _device(self):
         import torch
@@ -212,12 +267,9 @@ class Probe:
         }
 
 
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _path(member) -> str | None:
-    try:
-        return member.get_path()
-    except ValueError:  # CUSTOM has no path until somebody registers one
-        return None
+def _available(operators: ModuleType) -> dict[str, bool]:
+    """The tree's own answers, the main one first; where it has no such function, of the decorator in its place."""
+    asked = sorted(name for name in dir(operators) if name.startswith("is_aiter_found_and_supported"))
+    if asked:
+        return {name: bool(getattr(operators, name)()) for name in asked}
+    return {"if_aiter_supported": bool(operators.if_aiter_supported(lambda: True)())}

@@ -1,144 +1,141 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that holds the imports which no answer depends on, and forks one child per cell.
+"""A process that holds the imports which no answer depends on, and starts the processes that answer.
 
 Run as `python -m aiterlab.probes.server`. It reads one JSON request per line from standard input and writes one JSON
-line per finished child to standard output; it ends, with its children, when standard input closes. It imports neither
-vLLM nor AITER and never touches a GPU, so every child starts as clean as a new interpreter.
+line for each thing that happens to standard output; it ends, with everything that it started, when standard input
+closes. It imports neither vLLM nor AITER and never touches a GPU: what it forks is as clean as a new interpreter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
+import inspect
 import json
 import os
-import resource
-import selectors
-import signal
+import re
+import select
 import sys
 import time
-import traceback
-import warnings
-from pathlib import Path
+from dataclasses import asdict
 
-from aiterlab import records
-from aiterlab.probes import child
+from aiterlab.probes import forks, nest, pages, preload
 
-# Packages whose import is the very thing that a cell observes.
-OBSERVED = ("aiter", "aiter_meta", "aiterlab", "amdsmi", "csrc", "flash_attn", "torchvision", "vllm")
+_ENVIRONMENT = dict(os.environ)  # before anything that is imported could change it
+_TICK_S, _PAUSE_S = 0.05, 0.0005
+_FAREWELL_ROUNDS = 5
 
 
 def main() -> None:
     """Preload what the first request line names, then serve until standard input closes."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a library that prints while it is imported must not speak on the channel
-    for name in json.loads(sys.stdin.readline())["preload"]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                importlib.import_module(name)
-            except Exception:  # a module that cannot be imported on its own is left to the child that needs it
-                sys.modules.pop(name, None)
+    first = json.loads(sys.stdin.readline())
+    if spoilt_by := preload.import_all(first.get("modules", ())):
+        channel.write(json.dumps({"leave_out": spoilt_by}) + "\n")
+        return
+    for pattern in first.get("patterns", ()):
+        re.compile(pattern)
+    inspect.getmodule(main.__code__)  # it looks through every module; what it learns here, children know already
     gc.collect()
     gc.freeze()  # children share these pages; a collection in a child would copy them
+    gc.disable()  # until a cell begins: what is imported stays
+    pages.collapse()
     channel.write(json.dumps({"ready": True}) + "\n")
-    _serve(channel)
+    _Server(channel).serve()
 
 
-def _serve(channel) -> None:
-    running: dict[int, dict] = {}  # pid -> request
-    os.set_blocking(0, False)
-    selector = selectors.DefaultSelector()
-    selector.register(0, selectors.EVENT_READ)
-    pending = b""
-    try:
-        while True:
-            if selector.select(timeout=0.02):
-                chunk = os.read(0, 1 << 20)
-                if not chunk:
+class _Server:
+    def __init__(self, channel) -> None:
+        self.channel = channel
+        self.units: dict[int, dict] = {}  # id -> the request, with its process
+        self.started: dict[int, list[int]] = {}  # id -> the processes that the unit's own has started since
+        self.events, self.report_to = os.pipe()
+        os.set_blocking(0, False)
+        os.set_blocking(self.events, False)
+        self.heard = {0: b"", self.events: b""}
+
+    def serve(self) -> None:
+        try:
+            while True:
+                pipes = [unit["process"].pipe for unit in self.units.values()]
+                select.select([0, self.events, *pipes], [], [], _TICK_S)
+                time.sleep(_PAUSE_S)  # between closing its pipe and being reapable
+                for request in (lines := self._lines(0)) or ():
+                    self._start(request)
+                if lines is None:
                     return
-                *lines, pending = (pending + chunk).split(b"\n")
-                for line in lines:
-                    request = json.loads(line)
-                    running[_fork(request)] = request | {"started": time.monotonic()}
-            for pid, request in list(running.items()):
-                if (done := _finished(pid, request)) is not None:
-                    del running[pid]
-                    channel.write(json.dumps(done) + "\n")
-    finally:
-        for pid in running:
-            _kill(pid)
+                self._relay()
+                self._reap()
+        finally:
+            self._farewell()
+
+    def _lines(self, source: int) -> list[dict] | None:
+        """What has been said since; None once the other side has closed."""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(source, 1 << 20):
+                self.heard[source] += chunk
+            return None
+        *lines, self.heard[source] = self.heard[source].split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def _say(self, message: dict) -> None:
+        self.channel.write(json.dumps(message) + "\n")
+
+    def _start(self, unit: dict) -> None:
+        run = {"nest": nest.serve, "imports": nest.try_imports, "cold": _cold}[unit["kind"]]
+
+        def report(event: dict) -> None:
+            os.write(self.report_to, (json.dumps({"unit": unit["id"]} | event) + "\n").encode())
+
+        unit["process"] = forks.fork(lambda: run(unit, report), unit["log"])
+        self.units[unit["id"]] = unit
+        self.started[unit["id"]] = []
+
+    def _relay(self) -> None:
+        for event in self._lines(self.events):
+            started = self.started[event["unit"]]
+            if "process" in event:
+                started.append(event["process"])
+                continue
+            if "group" in event:  # a cell dies with its group; what the cell has started does not
+                self._kill(started)
+            self._say(event)
+
+    def _kill(self, processes: list[int]) -> None:
+        while processes:
+            forks.kill(processes.pop())
+
+    def _reap(self) -> None:
+        for number, unit in list(self.units.items()):
+            if (ending := unit["process"].ended(unit["limit_s"])) is not None:
+                self._relay()
+                del self.units[number]
+                self._kill(self.started[number])
+                self._say({"unit": number, "ended_unit": True, **asdict(ending)})
+
+    def _farewell(self) -> None:
+        """End everything: the units' own processes first, then what they say that they had started."""
+        for unit in self.units.values():
+            forks.kill(unit["process"].pid)
+        for _ in range(_FAREWELL_ROUNDS):
+            for event in self._lines(self.events):
+                if "process" in event:
+                    forks.kill(event["process"])
+            for processes in self.started.values():
+                self._kill(processes)
+            time.sleep(0.01)
 
 
-def _finished(pid: int, request: dict) -> dict | None:
-    elapsed = time.monotonic() - request["started"]
-    reaped, status, usage = os.wait4(pid, os.WNOHANG)
-    timed_out = reaped == 0 and elapsed > request["timeout_s"]
-    if timed_out:
-        _kill(pid)
-        reaped, status, usage = os.wait4(pid, 0)
-    if reaped == 0:
-        return None
-    _kill(pid)  # what the child left behind in its process group
-    return {
-        "id": request["id"],
-        "exit_status": os.waitstatus_to_exitcode(status),
-        "timed_out": timed_out,
-        "seconds": round(elapsed, 3),
-        "peak_memory_bytes": usage.ru_maxrss * 1024,
-    }
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _fork(request: dict) -> int:
-    """Start the child of one request; it answers into a file and never returns here."""
-    pid = os.fork()
-    if pid:
-        with contextlib.suppress(OSError):  # both sides make the group, so that neither has to wait for the other
-            os.setpgid(pid, pid)
-        return pid
-    status = 1
-    try:
-        os.setpgid(0, 0)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        before = set(sys.modules)
-        facts = child.answer(request["cell"])
-        facts["loaded_modules"] = loadable_modules(before)
-        records.atomic_write_text(Path(request["answer"]), json.dumps(facts))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)  # no clean-up: libraries registered for a simulated device do not unload cleanly
-
-
-def loadable_modules(before: set[str]) -> list[str]:
-    """Names of third-party and standard modules imported since `before`, in import order.
-
-    Left out is what a cell observes, and every file in the folders of those packages: AITER also imports parts of
-    itself as top-level modules.
-    """
-    observed = [f"{folder}{os.sep}" for name in OBSERVED for folder in getattr(sys.modules.get(name), "__path__", ())]
-    names = []
-    for name, module in list(sys.modules.items()):
-        spec = getattr(module, "__spec__", None)
-        origin = getattr(spec, "origin", None)
-        if name in before or origin is None or spec.name != name or name.partition(".")[0] in OBSERVED:
-            continue
-        file_of_others = Path(origin).is_file() and not any(origin.startswith(folder) for folder in observed)
-        if origin in ("built-in", "frozen") or file_of_others:
-            names.append(name)
-    return names
+def _cold(unit: dict, report) -> None:
+    """Become a new interpreter that answers one cell."""
+    read, write = os.pipe()
+    os.write(write, json.dumps(unit["request"]).encode())
+    os.close(write)
+    os.dup2(read, 0)
+    forks.keep_pipe()
+    command = [sys.executable, "-P", "-m", "aiterlab.probes.child", unit["answer"]]
+    os.execve(sys.executable, command, _ENVIRONMENT)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM looks at a model's class in a process of its own; here that process is forked instead of started anew.
+
+It starts one so that looking does not initialise a GPU, and keeps the answer on disk. A new interpreter takes it 10 to
+30 s for every model of every new tree; a fork of a process that has imported vLLM takes about one. The code that looks
+is the tree's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+
+from aiterlab import importing, paths
+
+REGISTRY = "vllm.model_executor.models.registry"
+
+
+def fork() -> None:
+    """Have this process fork where vLLM would start an interpreter. Not on a real GPU: a fork cannot use one."""
+    importing.after_import(REGISTRY, _replace)
+
+
+def _replace(registry: ModuleType) -> None:
+    registry._run_in_subprocess = functools.partial(_in_a_fork, registry._ModelInfo)
+    inspect = registry._LazyRegisteredModel.inspect_model_cls
+
+    @functools.wraps(inspect)
+    def one_at_a_time(model):
+        paths.cache_dir().mkdir(parents=True, exist_ok=True)
+        with (paths.cache_dir() / "inspection.lock").open("w") as lock:  # who waited finds the answer on disk
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return inspect(model)
+
+    registry._LazyRegisteredModel.inspect_model_cls = one_at_a_time
+
+
+def _in_a_fork(kind: type, look: Callable[[], object]):
+    """What `look` returns, a dataclass of that kind, handed on as JSON: as vLLM's own cache keeps it."""
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            os.close(reading)
+            with os.fdopen(writing, "w") as channel:
+                try:
+                    said = {"fields": dataclasses.asdict(look())}
+                    status = 0
+                except BaseException:
+                    said = {"failure": traceback.format_exc()}
+                channel.write(json.dumps(said))
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as channel:
+        answer = json.loads(channel.read() or '{"failure": "the process ended without an answer"}')
+    os.waitpid(pid, 0)
+    if "failure" in answer:
+        raise RuntimeError(f"Error raised in subprocess:\n{answer['failure']}")
+    return kind(**answer["fields"])
