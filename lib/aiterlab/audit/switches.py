@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which environment switches does a tree have for AITER, and which of them does its attention look at?
+
+Both are read out of the tree's source. `vllm/envs.py` says which names there are, with their types and defaults; who
+reads a name, directly or through the functions of `_aiter_ops.py` that read it for others, says what it is about. A
+switch that nothing reads any more counts as one of attention's too: it may have been.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from aiterlab.audit import backends
+from aiterlab.policy import MAIN_SWITCH
+from aiterlab.trees import Tree
+
+_NAME = re.compile(r"\bVLLM_\w+")
+_OPERATORS = "_aiter_ops.py"
+_ATTENTION = ("attention/", "v1/attention/", "model_executor/layers/attention/", "model_executor/layers/mla.py")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One environment variable of a tree."""
+
+    name: str
+    type: str  # as annotated: bool, int, Literal[…]
+    default: str  # as written: False, 'auto', None
+    read_in: tuple[str, ...]  # files that look at it, below vllm/
+    decides: bool  # read, directly or through others, by the function that chooses attention backends
+
+    @property
+    def of_attention(self) -> bool:
+        return self.decides or self.dead or any(file.startswith(_ATTENTION) for file in self.read_in)
+
+    @property
+    def dead(self) -> bool:
+        """Declared, and looked at by nothing."""
+        return not self.read_in
+
+    def moved(self) -> str | None:
+        """The value opposite to its default; None: it is no simple switch."""
+        return {"False": "1", "True": "0"}.get(self.default) if self.type.startswith("bool") else None
+
+
+def declared(tree: Tree) -> list[Switch]:
+    """The tree's switches for AITER and for ROCm's attention, in the order in which it declares them."""
+    return list(_declared(tree.source, tree.fingerprint))
+
+
+def of_attention(tree: Tree) -> list[Switch]:
+    """The switches that attention may depend on and that can be moved, without the main one."""
+    found = [switch for switch in declared(tree) if switch.of_attention and switch.moved()]
+    return [switch for switch in found if switch.name != MAIN_SWITCH]
+
+
+@cache
+def _declared(package: Path, fingerprint: str) -> tuple[Switch, ...]:
+    known = _annotations(ast.parse((package / "envs.py").read_text(encoding="utf-8")))
+    readers = _readers(package, set(known))
+    deciding = _deciding(package)
+    found = []
+    for name, (kind, default) in known.items():
+        about_attention = any(file.startswith(_ATTENTION) for file in readers[name])
+        if "AITER" in name or name in deciding or ("ROCM" in name and about_attention):
+            found.append(Switch(name, kind, default, tuple(sorted(readers[name])), name in deciding))
+    return tuple(found)
+
+
+def _annotations(tree: ast.Module) -> dict[str, tuple[str, str]]:
+    """Name -> (type, default) from the block that tells type checkers what the module has."""
+    return {
+        node.target.id: (ast.unparse(node.annotation), ast.unparse(node.value) if node.value else "None")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id.startswith("VLLM_")
+    }
+
+
+def _readers(package: Path, names: set[str]) -> dict[str, set[str]]:
+    """Name -> files that read it; a file that calls a function of the operator module reads what that one reads."""
+    readers: dict[str, set[str]] = defaultdict(set)
+    through = _functions_of_operators(package)
+    calls = re.compile(r"\brocm_aiter_ops\.(\w+)|\b(is_\w*aiter\w*)")
+    for path in package.rglob("*.py"):
+        file = path.relative_to(package).as_posix()
+        if file in ("envs.py", _OPERATORS):
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "VLLM_" in text:
+            for name in names & set(_NAME.findall(_code_only(text))):
+                readers[name].add(file)
+        if "aiter" in text:
+            for method, function in set(calls.findall(text)):
+                for name in through.get(method or function, ()):
+                    readers[name].add(file)
+    return readers
+
+
+def _code_only(text: str) -> str:
+    """Without comments and without the lines of docstrings that only mention a name."""
+    reading = re.compile(r"envs\.|environ|getenv|is_set")
+    return "\n".join(line.partition("#")[0] for line in text.splitlines() if reading.search(line))
+
+
+def _functions_of_operators(package: Path) -> dict[str, set[str]]:
+    """Function or method of the operator module -> the switches that it reads, through its class's attributes too."""
+    path = package / _OPERATORS
+    if not path.exists():
+        return {}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    attributes = {
+        target.id: set(_reads(node.value))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    direct, calls = {}, {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            direct[node.name] = set(_reads(node)).union(*(attributes.get(name, ()) for name in backends.mentions(node)))
+            calls[node.name] = set(backends.mentions(node))
+    for _ in range(4):  # functions that call functions
+        for name, called in calls.items():
+            direct[name] = direct[name].union(*(direct.get(other, ()) for other in called))
+    refresh = {name for name in direct if name.startswith("refresh")}  # reads them all, and only on request
+    return {name: reads for name, reads in direct.items() if name not in refresh}
+
+
+def _deciding(package: Path) -> set[str]:
+    """The switches that the platform's choice of a backend reads."""
+    through = _functions_of_operators(package)
+    found = set()
+    for function in backends.functions_of_the_choice(package):
+        found |= set(_reads(function)).union(*(through.get(name, ()) for name in backends.mentions(function)))
+    return found
+
+
+def _reads(node: ast.AST) -> Iterator[str]:
+    """Switches read in this piece of code: `envs.NAME`."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and part.attr.startswith("VLLM_"):
+            yield part.attr
