@@ -48,6 +48,22 @@ ROWS = (
         },
     ),
     Row(
+        stem="03_audit_backend_selection",
+        minutes=4,
+        needs="any CPU, 6 GB memory, network on the first run",
+        profiles={
+            "smoke": {
+                "profile": "smoke",
+                "trees": ["regressed", "release:0.16.0"],
+            },
+            "standard": {},
+            "full": {
+                "profile": "full",
+                "trees": ["releases:..0.15.1", "regressed", "hotfixed", "releases:0.16.0.."],
+            },
+        },
+    ),
+    Row(
         stem="04_run_attention_kernels",
         minutes=2,
         needs="any CPU, 4 GB memory; full: a GPU, 16 GB of its memory",

@@ -2,6 +2,7 @@
 """The numbers in README.md come from the reference records, and from nowhere else."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ from aiterlab.spec_decode import tables as spec_tables
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results" / "reference"
 RECORDS = sorted(REFERENCE.rglob("record.json"))  # of the simulated machine NOTEBOOK/, of a GPU MACHINE/NOTEBOOK/
+AUDIT = "03_audit_backend_selection"
 KERNELS, EAGLE = "04_run_attention_kernels", "05_run_eagle_spec_decode"
 LARGEST_BYTES = {KERNELS: 2_000_000, EAGLE: 3_000_000}  # they carry every sample
 
@@ -40,6 +42,28 @@ def numbers() -> str:
         source = f"{made(record)}, simulated machine"
         lines.append(f"| `{record['stem']}` | {record['cells_total']} | {record['finding']} | {source} |")
     return "\n".join(lines) + "\n"
+
+
+def audit() -> str:
+    """Render the audit's block: what the newest tree breaks, each with its command, and since when statements are."""
+    parts = []
+    for path in sorted(REFERENCE.glob(f"{AUDIT}/record.json")):
+        record = records.load_record(path)
+        newest, folder = record["looked_at"], path.parent.relative_to(ROOT).as_posix()
+        about = f"**{newest}** ({made(record)}; [{folder}]({folder}))"
+        found = [row for row in record["found"] if row["tree"] == newest]
+        lines = [(f"{row['statement']}: {row['what']}", f"`{row['command']}`") for row in found]
+        parts.append(f"{about}, {record['headline']}:\n")
+        parts.append(_rows(["what contradicts the policy", "the command that shows it"], lines))
+        shown = ["statement", "first broken", "last broken", "holds again in"]
+        spans = zip(*([name or "–" for name in record["spans"][column]] for column in shown), strict=True)
+        parts.append(_rows(shown, spans))
+    return "\n".join(parts)
+
+
+def _rows(header: list[str], lines: Iterable[Iterable[str]]) -> str:
+    table = [header, ["---"] * len(header), *([str(cell).replace("|", "\\|") for cell in line] for line in lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table) + "\n"
 
 
 def kernels() -> str:
@@ -100,6 +124,10 @@ def _cell(value) -> str:
 
 def test_numbers_in_readme_are_those_of_the_reference_records():
     assert block("numbers") == numbers(), f"replace the block by:\n{numbers()}"
+
+
+def test_the_audit_in_readme_is_that_of_the_reference_record():
+    assert block("audit") == audit(), f"replace the block by:\n{audit()}"
 
 
 def test_kernels_in_readme_are_those_of_the_reference_records():

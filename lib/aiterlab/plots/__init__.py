@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures made from tables; each says its finding in its title and is saved beside the record."""
 
+from aiterlab.plots.audit import choices, verdicts
 from aiterlab.plots.backends import VERDICTS, accuracy, truth_table
 from aiterlab.plots.kernels import error, latency, throughput, two_step
 from aiterlab.plots.occupancy import occupancy
@@ -19,6 +20,7 @@ __all__ = [
     "acceptance_by_position",
     "accuracy",
     "backend_throughput",
+    "choices",
     "error",
     "latency",
     "occupancy",
@@ -30,4 +32,5 @@ __all__ = [
     "tokens_per_step",
     "truth_table",
     "two_step",
+    "verdicts",
 ]
