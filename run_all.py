@@ -49,7 +49,7 @@ ROWS = (
     ),
     Row(
         stem="03_audit_backend_selection",
-        minutes=4,
+        minutes=5,
         needs="any CPU, 6 GB memory, network on the first run",
         profiles={
             "smoke": {

@@ -139,7 +139,11 @@ def test_speculative_decoding_in_readme_is_that_of_the_reference_records():
 
 
 def test_there_are_records_of_the_notebooks_on_the_simulated_machine():
-    assert {path.parent.name for path in REFERENCE.glob("*/record.json")} == {"01_reproduce_regression", "02_apply_fix"}
+    assert {path.parent.name for path in REFERENCE.glob("*/record.json")} == {
+        "01_reproduce_regression",
+        "02_apply_fix",
+        "03_audit_backend_selection",
+    }
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.relative_to(REFERENCE).as_posix())
