@@ -11,7 +11,6 @@ from aiterlab.policy import MAIN_SWITCH
 from aiterlab.probes.layer import Layer
 
 PROGRAM = "python -m aiterlab audit"
-LISTED = ("arch", "aiter", "switch", "selection", "role")  # options that take a list, for cells that are a contrast
 _OPTIONS = {
     "arch": "--arch", "aiter": "--aiter", "switch": "--switch", "selection": "--explicit", "kind": "--kind",
     "role": "--role", "head_size": "--head-size", "dtype": "--dtype", "kv_cache_dtype": "--kv-cache-dtype",
