@@ -5,7 +5,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 
 from aiterlab import paths
 from aiterlab.suite import console, environment, runs, status
@@ -135,32 +137,51 @@ exit codes:
 
 def main(argv: Sequence[str] | None = None, rows: Sequence[Row] = ROWS, notebooks: Path | None = None) -> int:
     """Run the command line and return its exit code; `rows` and `notebooks` default to the project's own."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["compare"]:
+        from aiterlab.suite import compare
+
+        return compare.main(argv[1:])
     options = _parser().parse_args(argv)
+    results = options.results or paths.results_dir()
     only = [stem.strip() for names in options.only for stem in names.split(",") if stem.strip()]
     try:
         if options.environment:
             environment.require(options.environment)
-        plans = runs.plan_runs(
-            rows, notebooks or paths.notebooks_dir(), profile=options.profile, only=only, settings=options.set
-        )
+        run = runs.old_run(results, options.resume) if options.resume else None
+        profile = options.profile or (run.profile if run else DEFAULT_PROFILE)
+        only, settings = only or (run.only if run else ()), options.set or (run.settings if run else ())
+        plans = runs.plan_runs(rows, notebooks or paths.notebooks_dir(), profile=profile, only=only, settings=settings)
         if options.list:
             console.print_list(plans)
             return EXIT_OK
-        run_dir = runs.new_run_dir(options.results or paths.results_dir(), options.profile)
-        runs.point_latest(run_dir)
+        run = run or runs.new_run(results, profile, only, settings)
+        with runs.held(run):
+            return _run(plans, replace(run, profile=profile, only=tuple(only), settings=tuple(settings)), options)
     except (ParameterError, OSError) as error:
         print(f"run_all.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def _run(plans: Sequence[runs.Plan], run: runs.Run, options: argparse.Namespace) -> int:
+    began = monotonic()
+    run.save(plans, status.INTERRUPTED, None, None)
+    runs.point_latest(run.folder)
     outcomes: list[status.NotebookStatus] = []
+    say = console.say
     try:
-        for outcome in runs.run_plans(plans, run_dir, options.profile, say=lambda line: print(line, flush=True)):
+        for outcome in runs.run_plans(plans, run, say, at_once=options.at_once, fail_fast=options.fail_fast):
             outcomes.append(outcome)
     except KeyboardInterrupt:
-        pass  # between two notebooks, or a second Ctrl-C: fewer outcomes than plans
-    console.print_table(plans, outcomes, run_dir)
-    if len(outcomes) < len(plans) or outcomes[-1].status == status.INTERRUPTED:
-        return EXIT_INTERRUPTED
-    return EXIT_OK if all(outcome.ok for outcome in outcomes) else EXIT_FAILED
+        pass  # a second Ctrl-C: fewer outcomes than plans
+    if len(outcomes) < len(plans) or any(outcome.status == status.INTERRUPTED for outcome in outcomes):
+        exit_code, ending = EXIT_INTERRUPTED, status.INTERRUPTED
+    else:
+        exit_code = EXIT_OK if all(outcome.ok for outcome in outcomes) else EXIT_FAILED
+        ending = status.FAILED if exit_code else status.OK
+    run.save(plans, ending, exit_code, round(monotonic() - began, 3))
+    console.print_table(plans, outcomes, run.folder)
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,9 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--profile", default=DEFAULT_PROFILE, help=f"one of {', '.join(PROFILES)} (default: {DEFAULT_PROFILE})"
-    )
+    parser.add_argument("--profile", help=f"one of {', '.join(PROFILES)} (default: {DEFAULT_PROFILE})")
     parser.add_argument(
         "--only", metavar="STEM", action="append", default=[], help="run only this; repeat it, or separate with commas"
     )
@@ -190,6 +209,17 @@ def _parser() -> argparse.ArgumentParser:
         help="refuse to run unless this is the stack: cpu, cuda or rocm (default: any)",
     )
     parser.add_argument("--list", action="store_true", help="list notebooks and parameters, and run nothing")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        const=runs.LATEST_NAME,
+        help="go on with a run (default: the newest): keep what is done and unchanged, run the rest",
+    )
+    parser.add_argument(
+        "--at-once", metavar="N", type=int, default=0, help="notebooks at the same time (default: one per core)"
+    )
+    parser.add_argument("--fail-fast", action="store_true", help="when one has failed, skip what has not begun")
     parser.add_argument("--results", metavar="DIR", type=Path, help="where to put the run (default: results/)")
     return parser
 

@@ -56,7 +56,8 @@ def test_a_failure_does_not_stop_the_rest_and_is_told_at_the_end(bench):
     ]
     for stem in ("01_bad", "02_good"):
         assert {path.name for path in (latest / stem).iterdir()} >= {"executed.ipynb", "report.html", "status.json"}
-    assert "[1/2]" in out and out.index("01_bad  [2/2]") < out.index("02_good  [1/2]")
+    assert "01_bad  [2/2]" in out and "02_good  [1/2]" in out
+    assert json.loads((run / "run.json").read_text())["exit_code"] == 1
 
 
 def test_profile_only_and_set_reach_the_notebook(bench):
@@ -68,7 +69,7 @@ def test_profile_only_and_set_reach_the_notebook(bench):
     assert code == run_all.EXIT_OK == 0
     latest = bench.results / "latest"
     assert os.readlink(latest).endswith("Z-smoke")
-    assert sorted(path.name for path in latest.iterdir()) == ["01_a", "03_c"]
+    assert sorted(path.name for path in latest.iterdir() if path.is_dir()) == ["01_a", "03_c"]
     assert "['x', 'y'] 9\n" in (latest / "01_a" / "log.txt").read_text()
     assert "['a'] 5\n" in (latest / "03_c" / "log.txt").read_text()
     assert json.loads((latest / "01_a" / "status.json").read_text())["parameters"] == {
@@ -95,7 +96,7 @@ def test_profile_only_and_set_reach_the_notebook(bench):
 def test_bad_input_is_one_line_before_anything_starts(bench, monkeypatch, argv, said):
     bench.add("01_a", SHOW)
     bench.add("02_b", SHOW)
-    monkeypatch.setattr(runs, "run_notebook", lambda *_: pytest.fail("a notebook was started"))
+    monkeypatch.setattr(runs, "run_plans", lambda *_, **__: pytest.fail("a notebook was started"))
     code, out, err = bench.run(rows_of("01_a", "02_b"), *argv)
     assert code == run_all.EXIT_BAD_INPUT == 2
     assert said in err and len(err.splitlines()) == 1 and out == ""
@@ -164,14 +165,13 @@ def test_a_results_folder_that_cannot_be_made_is_bad_input(bench):
 def test_an_interrupt_between_notebooks_keeps_the_table(bench, monkeypatch):
     for stem in ("01_a", "02_b"):
         bench.add(stem, SHOW)
-    run_notebook = runs.run_notebook
+    run_plans = runs.run_plans
 
-    def interrupt_the_second(job, say):
-        if job.stem == "02_b":
-            raise KeyboardInterrupt
-        return run_notebook(job, say)
+    def interrupt_the_second(plans, *arguments, **options):
+        yield from run_plans(plans[:1], *arguments, **options)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "run_notebook", interrupt_the_second)
+    monkeypatch.setattr(runs, "run_plans", interrupt_the_second)
     code, out, _ = bench.run(rows_of("01_a", "02_b"))
     assert code == 130
     table = out[out.index("notebook ") :].splitlines()
@@ -208,7 +208,7 @@ import sys
 from pathlib import Path
 import run_all
 from aiterlab.suite.runs import Row
-rows = [Row(stem, 1, "", {"standard": {}}) for stem in ("01_a", "02_b")]
+rows = [Row("01_a", 1, "", {"standard": {}}), Row("02_b", 1, "", {"standard": {}}, after=("01_a",))]
 sys.exit(run_all.main(["--results", sys.argv[2]], rows, Path(sys.argv[1])))
 """
 
@@ -235,12 +235,12 @@ def test_an_interrupt_ends_with_130_the_table_and_what_there_is(bench):
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
-    folders = {runs.new_run_dir(tmp_path, "smoke") for _ in range(5)}
+    folders = {runs.new_run(tmp_path, "smoke").folder for _ in range(5)}
     assert len(folders) == 5 and all("Z-smoke" in folder.name for folder in folders)
 
 
 def test_latest_follows_the_newest_run_and_is_never_absent(tmp_path, monkeypatch):
-    first, second = (runs.new_run_dir(tmp_path, "smoke") for _ in range(2))
+    first, second = (runs.new_run(tmp_path, "smoke").folder for _ in range(2))
     runs.point_latest(first)
     runs.point_latest(second)
     latest = tmp_path / "latest"
@@ -253,7 +253,7 @@ def test_without_symbolic_links_latest_is_a_file_with_the_name(tmp_path, monkeyp
         raise OSError("not supported")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    run = runs.new_run_dir(tmp_path, "smoke")
+    run = runs.new_run(tmp_path, "smoke").folder
     runs.point_latest(run)
     assert (tmp_path / "latest").read_text() == run.name + "\n"
 

@@ -157,7 +157,6 @@ def test_the_budget_stops_a_notebook_shows_where_and_leaves_no_process(tmp_path)
 
 def test_a_cell_that_ignores_the_interrupt_is_killed_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "GRACE_S", 0.5)
-    monkeypatch.setattr(watch, "_FAMILY_INTERVAL_S", 0.2)
     pid = tmp_path / "pid"
     stubborn = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)"
     outcome, folder, _ = run(tmp_path, CHILD.format(own=True, path=str(pid)), stubborn, "1", budget_s=4)

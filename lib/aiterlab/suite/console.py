@@ -14,6 +14,11 @@ from aiterlab.suite.report import REPORT_NAME
 from aiterlab.suite.runs import Plan
 
 
+def say(line: str) -> None:
+    """Print one line of progress at once, also into a pipe."""
+    print(line, flush=True)
+
+
 def print_list(plans: Sequence[Plan]) -> None:
     """Print every notebook with its question, cost and parameters."""
     for plan in plans:
@@ -25,12 +30,16 @@ def print_list(plans: Sequence[Plan]) -> None:
 def print_table(plans: Sequence[Plan], outcomes: Sequence[status.NotebookStatus], run_dir: Path) -> None:
     """Print one line per plan: how it ended, what it found or why it failed, and where its report is."""
     table = Table("notebook", "status", "seconds", "finding, or first line of the error; report", box=box.SIMPLE)
-    for outcome in outcomes:
+    order = {plan.row.stem: place for place, plan in enumerate(plans)}
+    for outcome in sorted(outcomes, key=lambda outcome: order[outcome.stem]):
         said = (outcome.finding if outcome.ok else outcome.reason) or "-"
         report = os.path.relpath(run_dir / outcome.stem / REPORT_NAME)
-        table.add_row(outcome.stem, outcome.status, f"{outcome.seconds:.1f}", f"{said}\n{report}")
-    for plan in plans[len(outcomes) :]:
-        table.add_row(plan.row.stem, status.CELL_NOT_RUN, "-", "-")
+        ending = f"{outcome.status}, reused" if outcome.reused_from else outcome.status
+        seconds = "-" if outcome.seconds is None else f"{outcome.seconds:.1f}"
+        table.add_row(outcome.stem, ending, seconds, f"{said}\n{report}")
+    for plan in plans:
+        if plan.row.stem not in {outcome.stem for outcome in outcomes}:
+            table.add_row(plan.row.stem, status.CELL_NOT_RUN, "-", "-")
     console = Console(markup=False, highlight=False)
     # A file or a pipe has no width; paths must stay whole there.
     console.width = console.width if console.is_terminal else 200

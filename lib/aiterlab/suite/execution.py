@@ -12,12 +12,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
-from typing import Any, TextIO
+from typing import Any
 
 import nbformat
 import papermill
@@ -28,70 +27,61 @@ from papermill.engines import NBClientEngine, NotebookExecutionManager, papermil
 
 from aiterlab import provenance, records
 from aiterlab.paths import RUN_DIR_VARIABLE, STARTED_IN_VARIABLE
-from aiterlab.suite import report, status
+from aiterlab.suite import report, room, status, warm
 from aiterlab.suite.executed import EXECUTED_NAME, publishable, write_executed
-from aiterlab.suite.parameters import load_notebook
+from aiterlab.suite.job import Job
+from aiterlab.suite.log import CappedLog
+from aiterlab.suite.parameters import ParameterError, load_notebook
 from aiterlab.suite.watch import Watch
 
 ENGINE_NAME = "aiterlab"
 KERNEL_NAME = "python3"
 LOG_NAME = "log.txt"
+OUTPUT_LIMIT_BYTES = 64_000_000  # of one cell; more fills the memory of the kernel, of this process and of readers
 _SAVE_INTERVAL_S = 2.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One notebook to run: where it lies, where its results go, and how long it may take."""
-
-    notebook: Path
-    run_dir: Path
-    profile: str
-    parameters: Mapping[str, Any]  # effective values, for the status and the report
-    overrides: Mapping[str, Any]  # those of them that the notebook itself does not say
-    budget_s: float
-    provenance: Mapping[str, Any]
-    heartbeat_s: float = 30.0
-
-    @property
-    def stem(self) -> str:
-        """Name of the notebook, of its results folder and of its row."""
-        return self.notebook.stem
-
-    @property
-    def folder(self) -> Path:
-        """Folder of this notebook's results, the same that `paths.output_dir` gives inside the kernel."""
-        return self.run_dir / self.stem
+_MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")  # Python's; torch's on a GPU
 
 
 class SetupError(RuntimeError):
     """Something that keeps any cell from running; one line."""
 
 
-def run_notebook(job: Job, say: Callable[[str], None]) -> status.NotebookStatus:
-    """Run one notebook and write its folder; returns a status, whatever the notebook does."""
+def run_notebook(
+    job: Job, say: Callable[[str], None], kernel: warm.Kernel | None = None, *, own_process: bool = False
+) -> status.NotebookStatus:
+    """Run one notebook and write its folder; returns a status, whatever the notebook does.
+
+    Args:
+        job: what to run.
+        say: gets each line of progress.
+        kernel: a process that waits to become the kernel; without one a new interpreter is started.
+        own_process: this process runs nothing else, and may end when waiting for the kernel's sockets gets stuck.
+    """
     began = monotonic()
-    outcome = status.NotebookStatus(
-        stem=job.stem,
-        run=job.run_dir.name,
-        profile=job.profile,
-        parameters=dict(job.parameters),
-        started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        provenance=dict(job.provenance),
-    )
-    outcome.save(job.folder)
+    outcome = status.of(job)
     notebook = load_notebook(job.notebook)
-    watch = Watch(outcome, job.budget_s, job.heartbeat_s, say)
-    with watch.signals():
-        with watch, open(job.folder / LOG_NAME, "a", encoding="utf-8") as log:
-            try:
-                _execute(job, notebook, watch, log)
-            except BaseException as error:  # the error is the result: it becomes the status
-                _settle(outcome, watch, error)
-            else:
-                outcome.end(status.OK)
+    watch = Watch(outcome, job.budget_s, job.heartbeat_s, say, job.cell_budget_s)
+
+    def give_up() -> None:
+        outcome.end(watch.stop_status, watch.stop_reason)
         outcome.seconds = round(monotonic() - began, 3)
-        _write_results(job, watch.notebook or notebook, outcome)
+        write_results(job, watch.notebook or notebook, outcome)
+        os._exit(1)
+
+    watch.stuck = give_up if own_process else None
+    with watch.signals():
+        try:
+            with room.reserved(job.folder):
+                outcome.save(job.folder)
+                with CappedLog(job.folder / LOG_NAME) as log, watch:
+                    _execute(job, notebook, watch, log, kernel)
+        except BaseException as error:  # the error is the result: it becomes the status
+            _settle(outcome, watch, error)
+        else:
+            outcome.end(status.OK)
+        outcome.seconds = round(monotonic() - began, 3)
+        write_results(job, watch.notebook or notebook, outcome)
     return outcome
 
 
@@ -102,13 +92,15 @@ class TruthfulManager(NotebookExecutionManager):
         super().__init__(nb, progress_bar=False)
         self.watch = watch
         self.folder = folder
+        self._saved = monotonic()
 
     def save(self, **_: Any) -> None:
         """Write notebook and status as they stand, so that a long run can be looked into and a killed one is kept."""
-        if (self.now() - self.last_save_time).total_seconds() >= _SAVE_INTERVAL_S:
-            write_executed(self.nb, self.folder / EXECUTED_NAME)
-            self.watch.status.save(self.folder)
-            self.last_save_time = self.now()
+        if monotonic() - self._saved >= _SAVE_INTERVAL_S:
+            with contextlib.suppress(OSError):  # a disk that is full now may have room at the end, which is what counts
+                write_executed(self.nb, self.folder / EXECUTED_NAME)
+                self.watch.status.save(self.folder)
+            self._saved = monotonic()
 
     def notebook_complete(self, **options: Any) -> None:
         """Finish the metadata; papermill would call every pending cell completed."""
@@ -121,14 +113,23 @@ class TruthfulManager(NotebookExecutionManager):
 class WatchedClient(PapermillNotebookClient):
     """papermill's client, reporting each cell to the watch and raising whatever ends the run."""
 
-    def __init__(self, manager: TruthfulManager, log: TextIO, **options: Any):
+    def __init__(self, manager: TruthfulManager, log: CappedLog, **options: Any):
         super().__init__(manager, stdout_file=log, stderr_file=log, **options)
         self.watch = manager.watch
+        self._output_bytes = 0
+
+    def create_kernel_manager(self) -> KernelManager:
+        """Connect through sockets in a folder: a port that was free a moment ago may be taken, and anyone can listen."""
+        manager = super().create_kernel_manager()
+        self._sockets = tempfile.TemporaryDirectory(prefix="aiterlab-")
+        # Without a name of its own a kernel's sockets are called like any other's in the working folder.
+        manager.transport, manager.ip = "ipc", f"{self._sockets.name}/kernel"
+        return manager
 
     def start_new_kernel(self, **options: Any) -> None:
         """Start the kernel, and hand its process to the watch before anything can go wrong in it."""
         super().start_new_kernel(**options)
-        self.watch.attach(self.km.provisioner.pid, self.km.provisioner.pgid)
+        self.watch.attach(self.km.provisioner.pid)
 
     def papermill_execute_cells(self) -> None:
         """Execute the cells one by one until one of them ends the run."""
@@ -144,9 +145,19 @@ class WatchedClient(PapermillNotebookClient):
             finally:
                 self.nb_man.cell_complete(cell, cell_index=index)
 
+    def output(self, outs: list, msg: dict, display_id: str | None, cell_index: int) -> nbformat.NotebookNode | None:
+        """Keep an output, unless its cell has written more than anyone can use: that ends the run."""
+        content = msg["content"]
+        self._output_bytes += len(content.get("text", "")) + sum(map(len, map(str, content.get("data", {}).values())))
+        if self._output_bytes <= OUTPUT_LIMIT_BYTES:
+            return super().output(outs, msg, display_id, cell_index)
+        limit = f"more than {OUTPUT_LIMIT_BYTES / 1e6:.0f} MB of output in one cell"
+        self.watch.stop(status.FAILED, f"{limit}; write what is large to a file of its own")
+        return None
+
     def _execute_code(self, cell: nbformat.NotebookNode, index: int, cell_status: status.CellStatus) -> None:
         self.stdout_file.write(f"\n=== [{cell_status.number}] {cell_status.title}\n")
-        self.stdout_file.flush()
+        self._output_bytes = 0
         try:
             self.execute_cell(cell, index)
         except BaseException as error:
@@ -154,7 +165,7 @@ class WatchedClient(PapermillNotebookClient):
                 error.args = (self._last_words(),)
             self.nb_man.cell_exception(cell, cell_index=index, exception=error)
             self.watch.status.error_cell = cell_status.number
-            self.watch.cell_ended(cell_status, self.watch.stop_status or _status_of(error))
+            self.watch.cell_ended(cell_status, _status_of(error, self.watch))
             raise
         finally:
             for output in cell.outputs:
@@ -185,9 +196,10 @@ class AiterlabEngine(NBClientEngine):
         kernel_name: str,
         *,
         watch: Watch,
-        log: TextIO,
+        log: CappedLog,
         job: Job,
         environment: dict[str, str],
+        kernel: warm.Kernel | None,
         **_: Any,
     ) -> nbformat.NotebookNode:
         """Execute `nb`; papermill passes its own options along, which have no meaning here."""
@@ -195,6 +207,8 @@ class AiterlabEngine(NBClientEngine):
         watch.status.cells = status.list_cells(nb)
         manager = TruthfulManager(nb, watch, job.folder)
         manager.notebook_start()
+        if kernel is not None:
+            warm.offer(kernel)
         client = WatchedClient(
             manager,
             log,
@@ -205,12 +219,12 @@ class AiterlabEngine(NBClientEngine):
             iopub_timeout=60,
             coalesce_streams=True,
             # A crash in native code then leaves its stack in the log; the kernel's stderr is a pipe that dies with it.
-            extra_arguments=[f"--IPKernelApp.exec_lines=__import__('faulthandler').enable({log.fileno()})"],
+            extra_arguments=[f"--IPKernelApp.exec_lines=__import__('faulthandler').enable({log.descriptor})"],
             store_widget_state=False,
         )
         try:
             # What the kernel's process itself writes goes to the log as well, not into the progress lines.
-            files = {"stdout": log.fileno(), "stderr": log.fileno(), "pass_fds": (log.fileno(),)}
+            files = {"stdout": log.descriptor, "stderr": log.descriptor, "pass_fds": (log.descriptor,)}
             client.execute(env=environment, **files)
         finally:
             manager.notebook_complete()
@@ -244,7 +258,9 @@ def kernel_environment(run_dir: Path) -> dict[str, str]:
     return environment
 
 
-def _execute(job: Job, notebook: nbformat.NotebookNode, watch: Watch, log: TextIO) -> None:
+def _execute(
+    job: Job, notebook: nbformat.NotebookNode, watch: Watch, log: CappedLog, kernel: warm.Kernel | None
+) -> None:
     check_kernel()
     with _quiet("papermill", "traitlets"):
         papermill.execute_notebook(
@@ -259,6 +275,7 @@ def _execute(job: Job, notebook: nbformat.NotebookNode, watch: Watch, log: TextI
             watch=watch,
             log=log,
             job=job,
+            kernel=kernel,
             environment=kernel_environment(job.run_dir),  # made here: papermill changes into the notebook's folder
         )
 
@@ -276,42 +293,69 @@ def _quiet(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _status_of(error: BaseException) -> str:
+def _status_of(error: BaseException, watch: Watch) -> str:
+    """Word an ending; a stop that the watch asked for explains every later error."""
+    if watch.stop_status:
+        return watch.stop_status
     if isinstance(error, KeyboardInterrupt):
         return status.INTERRUPTED
-    return status.KERNEL_DIED if isinstance(error, DeadKernelError) else status.FAILED
+    if isinstance(error, CellExecutionError) and error.ename.split(".")[-1] in _MEMORY_ERRORS:
+        return status.OUT_OF_MEMORY
+    if isinstance(error, DeadKernelError):
+        return status.OUT_OF_MEMORY if watch.out_of_memory() else status.KERNEL_DIED
+    return status.FAILED
 
 
 def _settle(outcome: status.NotebookStatus, watch: Watch, error: BaseException) -> None:
-    """Turn what ended the run into its status; a stop that the watch asked for explains every later error."""
-    ending = watch.stop_status or _status_of(error)
+    """Turn what ended the run into its status."""
+    ending = _status_of(error, watch)
     started = any(cell.status != status.CELL_NOT_RUN for cell in outcome.cells)
-    if ending == status.TIMEOUT:
-        outcome.end(ending, f"stopped after its budget of {watch.budget_s:.0f} s")
-    elif ending == status.INTERRUPTED:
-        outcome.end(ending, "stopped by Ctrl-C or SIGTERM")
+    if watch.stop_status:
+        outcome.end(ending, watch.stop_reason)
     elif isinstance(error, CellExecutionError):
-        outcome.end(ending, f"{error.ename}: {error.evalue}")
+        killed = "; the system killed a process for want of memory meanwhile" if watch.out_of_memory() else ""
+        outcome.end(ending, status.first_line(f"{error.ename}: {error.evalue}") + killed)
     elif isinstance(error, SetupError | DeadKernelError):
         outcome.end(ending if started else status.SETUP_FAILED, str(error))
     else:
         outcome.end(ending if started else status.SETUP_FAILED, f"{type(error).__name__}: {error}")
 
 
-def _write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.NotebookStatus) -> None:
+def settle_unrun(job: Job, outcome: status.NotebookStatus) -> None:
+    """Write the folder of a notebook whose process cannot do it: it was killed, or it was never begun."""
+    executed = job.folder / EXECUTED_NAME
+    with contextlib.suppress(ParameterError):
+        notebook = load_notebook(executed)
+        if len(status.code_cells(notebook)) == len(outcome.cells):
+            write_results(job, notebook, outcome)
+            return
+    outcome.cells = []
+    write_results(job, load_notebook(job.notebook), outcome)
+
+
+def write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.NotebookStatus) -> None:
     """Write the executed copy, the report, the log and, last, the status that vouches for them."""
     outcome.cells = outcome.cells or status.list_cells(notebook)
     outcome.finding = _finding(job.folder / records.RECORD_NAME)
     outcome.stamp(notebook)
-    write_executed(notebook, job.folder / EXECUTED_NAME)
     log = job.folder / LOG_NAME
-    records.atomic_write_text(log, provenance.scrub(log.read_text(encoding="utf-8", errors="replace")))
-    try:
+    for what, write in (
+        ("log", lambda: records.atomic_write_text(log, scrubbed_log(log))),
+        ("executed copy", lambda: write_executed(notebook, job.folder / EXECUTED_NAME)),
         # From the notebook in memory: the executed copy may have lost its largest figures.
-        report.write_report(publishable(notebook), job.folder)
-    except Exception as error:  # a run without its report is a failed run, not a lost one
-        outcome.end(status.FAILED, f"the report could not be rendered: {type(error).__name__}: {error}")
+        ("report", lambda: report.write_report(publishable(notebook), job.folder)),
+    ):
+        try:
+            write()
+        except Exception as error:  # a run without its report is a failed run, not a lost one
+            if outcome.ok:
+                outcome.end(status.FAILED, f"the {what} could not be written: {type(error).__name__}: {error}")
     outcome.save(job.folder)
+
+
+def scrubbed_log(log: Path) -> str:
+    """Return the log's text without home directories and secrets."""
+    return provenance.scrub(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else ""
 
 
 def _finding(record: Path) -> str | None:

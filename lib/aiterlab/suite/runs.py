@@ -5,17 +5,20 @@ A plan is complete before the first kernel starts: a typing error in the last no
 hour that the first ones take.
 """
 
+import contextlib
+import fcntl
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from aiterlab import provenance, records
-from aiterlab.suite import status
-from aiterlab.suite.execution import Job, run_notebook
+from aiterlab.suite import gpus, resume, schedule, status, warm, worker
+from aiterlab.suite.job import Job
 from aiterlab.suite.parameters import (
     Parameter,
     ParameterError,
@@ -26,6 +29,7 @@ from aiterlab.suite.parameters import (
 )
 
 LATEST_NAME = "latest"
+RUN_NAME = "run.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,12 @@ class Row:
     minutes: float  # expected, profile `standard`, two cores
     needs: str
     profiles: Mapping[str, Mapping[str, Any]]
+    after: tuple[str, ...] = ()  # notebooks whose records it reads
+    reads: tuple[str, ...] = ()  # folders of the project that it reads, beside the package
+    memory_gb: float = 2.0
+    measures_time: str = "never"  # always, on a GPU, never: while it does, nothing else runs
     budget_minutes: float = 60.0  # the wall clock after which the notebook is stopped
+    cell_budget_minutes: float = 60.0  # and that of each of its cells
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,39 @@ def plan_runs(
     return plans
 
 
-def new_run_dir(results: Path, profile: str) -> Path:
+@dataclass(frozen=True)
+class Run:
+    """A results folder and what was asked for; `run.json` in it says so, and how it ended."""
+
+    folder: Path
+    profile: str
+    only: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    resumed: bool = False
+
+    def save(self, plans: Sequence[Plan], ending: str, exit_code: int | None, seconds: float | None) -> None:
+        """Write `run.json`; a run is born interrupted, so that a killed runner has told the truth."""
+        records.atomic_write_text(
+            self.folder / RUN_NAME,
+            records.dump_json(
+                provenance.scrub_tree(
+                    {
+                        "run": self.folder.name,
+                        "profile": self.profile,
+                        "only": list(self.only),
+                        "settings": list(self.settings),
+                        "status": ending,
+                        "exit_code": exit_code,
+                        "seconds": seconds,
+                        "notebooks": [plan.row.stem for plan in plans],
+                        "provenance": provenance.collect(),
+                    }
+                )
+            ),
+        )
+
+
+def new_run(results: Path, profile: str, only: Sequence[str] = (), settings: Sequence[str] = ()) -> Run:
     """Create the folder of a new run, named by time and profile, unique even within one second."""
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{profile}"
     results.mkdir(parents=True, exist_ok=True)
@@ -82,7 +123,33 @@ def new_run_dir(results: Path, profile: str) -> Path:
         except FileExistsError:
             count += 1
         else:
-            return folder
+            return Run(folder, profile, tuple(only), tuple(settings))
+
+
+def old_run(results: Path, name: str) -> Run:
+    """Return a run that is there, to go on with it; raises ParameterError if there is none."""
+    folder = Path(name) if Path(name).is_dir() else results / name
+    try:
+        said = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
+        asked = said["profile"], tuple(said["only"]), tuple(said["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = sorted(file.parent.name for file in results.glob(f"*/{RUN_NAME}") if not file.parent.is_symlink())
+        raise ParameterError(unknown("--resume: there is no run", name, known)) from None
+    return Run(folder.resolve(), *asked, resumed=True)
+
+
+@contextlib.contextmanager
+def held(run: Run) -> Iterator[None]:
+    """Keep a second runner out of the folder; raises ParameterError where one is at work in it."""
+    with open(run.folder / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ParameterError(f"{run.folder}: another run_all.py is at work in this run; wait for its end") from None
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def point_latest(run_dir: Path) -> None:
@@ -98,25 +165,65 @@ def point_latest(run_dir: Path) -> None:
 
 
 def run_plans(
-    plans: Sequence[Plan], run_dir: Path, profile: str, say: Callable[[str], None]
+    plans: Sequence[Plan], run: Run, say: Callable[[str], None], *, at_once: int = 0, fail_fast: bool = False
 ) -> Iterator[status.NotebookStatus]:
-    """Run the plans one after the other, yielding each outcome; a failure does not stop the rest, an interrupt does."""
+    """Run the plans as a graph, yielding each ending as it comes; a failure does not stop the rest, an interrupt does.
+
+    Args:
+        plans: what to run, in the order in which it is preferred.
+        run: where the results go, and whether those that are there may stay.
+        say: gets each line of progress.
+        at_once: notebooks at the same time; 0 for one per usable core.
+        fail_fast: skip what has not begun when one has failed.
+    """
     facts = provenance.collect()
-    for plan in plans:
-        say(f"{plan.row.stem}  {plan.title}")
-        job = Job(
-            notebook=plan.notebook,
-            run_dir=run_dir,
-            profile=profile,
-            parameters=plan.values,
-            overrides=plan.overrides,
-            budget_s=plan.row.budget_minutes * 60,
-            provenance=facts,
-        )
-        outcome = run_notebook(job, say)
-        yield outcome
-        if outcome.status == status.INTERRUPTED:
-            return
+    start = worker.fork if warm.preload(shared=len(plans) > 1) else worker.spawn
+    nodes = [_node(plan, run, facts, say) for plan in plans]
+    graph = schedule.Graph(nodes, start, at_once or facts["cpu_usable_count"], say, _account, fail_fast)
+    yield from graph.run()
+
+
+def _node(plan: Plan, run: Run, facts: Mapping[str, Any], say: Callable[[str], None]) -> schedule.Node:
+    row = plan.row
+    job = Job(
+        notebook=plan.notebook,
+        run_dir=run.folder,
+        profile=run.profile,
+        parameters=plan.values,
+        overrides=plan.overrides,
+        budget_s=row.budget_minutes * 60,
+        cell_budget_s=row.cell_budget_minutes * 60,
+        provenance=facts,
+    )
+
+    def prepare(job: Job, ended: Mapping[str, status.NotebookStatus]) -> Job | status.NotebookStatus:
+        needs = [ended[stem] for stem in row.after if stem in ended]
+        job = replace(job, key=resume.key(job, row.reads, needs))
+        if run.resumed:
+            found, why = resume.reusable(job.folder, job.key)
+            if found is not None:
+                return _reused(found, job, say)
+            say(f"{job.stem}  runs again: {why}")
+        say(f"{job.stem}  {plan.title}")
+        return job
+
+    # Without a GPU the times of kernels mean nothing, and nothing is lost when they share the cores.
+    measures = row.measures_time == "always" or (row.measures_time == "on a GPU" and bool(gpus.visible()))
+    return schedule.Node(job, row.after, int(row.memory_gb * 1e9), measures, prepare)
+
+
+def _reused(found: status.NotebookStatus, job: Job, say: Callable[[str], None]) -> status.NotebookStatus:
+    found.reused_from = found.reused_from or found.run
+    found.reused_since_utc = found.reused_since_utc or found.ended_utc
+    found.save(job.folder)
+    say(f"{job.stem}  unchanged since {found.reused_since_utc}; its result is reused")
+    return found
+
+
+def _account(job: Job, ending: status.NotebookStatus) -> None:
+    from aiterlab.suite import execution  # seconds, and hardly ever needed here
+
+    execution.settle_unrun(job, ending)
 
 
 def _plan(row: Row, notebook: Path, profile: str, texts: Mapping[str, str]) -> Plan:

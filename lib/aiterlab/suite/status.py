@@ -5,9 +5,11 @@ papermill marks the cell in which a kernel died, and every cell after it, "compl
 own: they go into `status.json`, into the executed notebook's metadata, and from there into the report.
 """
 
+import json
 import re
 import textwrap
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ import nbformat
 
 from aiterlab.provenance import scrub_tree
 from aiterlab.records import atomic_write_text, dump_json
+from aiterlab.suite.job import Job
 
 OK = "ok"
-FAILED = "failed"  # a cell raised
-TIMEOUT = "timeout"  # the notebook's wall-clock budget ran out
+FAILED = "failed"  # a cell raised, or what it left could not be written
+TIMEOUT = "timeout"  # the budget of the notebook, or of one cell, ran out
 KERNEL_DIED = "kernel-died"
+OUT_OF_MEMORY = "out-of-memory"  # the kernel said so, or the system killed a process for it meanwhile
+SKIPPED = "skipped"  # never begun, for a reason that is no fault of its own
 INTERRUPTED = "interrupted"  # Ctrl-C, SIGTERM, or the runner itself was killed
 SETUP_FAILED = "setup-failed"  # no cell was started
 
@@ -28,6 +33,7 @@ CELL_SKIPPED = "skipped"
 
 STATUS_NAME = "status.json"
 METADATA_KEY = "aiterlab"
+LONGEST_REASON = 1000
 _LONGEST_TITLE = 72
 
 
@@ -57,7 +63,13 @@ class NotebookStatus:
     finding: str | None = None  # the sentence that the notebook's record gives as its answer
     error_cell: int | None = None
     started_utc: str | None = None
-    seconds: float | None = None
+    ended_utc: str | None = None
+    seconds: float | None = None  # on a clock that nobody can set
+    peak_memory_bytes: int | None = None  # proportional set size of all its processes, seen every few seconds
+    left_over: list[str] = field(default_factory=list)  # processes that outlived the kernel and were killed
+    key: dict[str, str] | None = None  # hashes of all that the result depends on; None where it cannot be reused
+    reused_from: str | None = None  # the run that computed this, where it is not the one that shows it
+    reused_since_utc: str | None = None
     cells: list[CellStatus] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -69,17 +81,45 @@ class NotebookStatus:
     def end(self, status: str, reason: str | None = None) -> None:
         """Settle the final status; `reason` is cut to its first line, the rest is in the log and the notebook."""
         self.status = status
-        self.reason = first_line(reason) if reason else None
+        self.reason = textwrap.shorten(first_line(reason), LONGEST_REASON, placeholder=" ...") if reason else None
+        self.ended_utc = utc_now()
 
     def save(self, folder: Path) -> Path:
         """Write `status.json`, scrubbed like everything that a run leaves."""
         return atomic_write_text(folder / STATUS_NAME, dump_json(scrub_tree(asdict(self))))
+
+    @classmethod
+    def load(cls, folder: Path) -> "NotebookStatus | None":
+        """Read `status.json` back; None where there is none that this version can read."""
+        try:
+            saved = json.loads((folder / STATUS_NAME).read_text(encoding="utf-8"))
+            return cls(**{**saved, "cells": [CellStatus(**cell) for cell in saved["cells"]]})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def stamp(self, notebook: nbformat.NotebookNode) -> None:
         """Put the status into the notebook's metadata, so that a report can be rendered from the notebook alone."""
         notebook.metadata[METADATA_KEY] = {key: value for key, value in asdict(self).items() if key != "cells"}
         for cell, status in zip(code_cells(notebook), self.cells, strict=True):
             cell.metadata[METADATA_KEY] = asdict(status)
+
+
+def of(job: Job) -> NotebookStatus:
+    """Return the status that a notebook is born with."""
+    return NotebookStatus(
+        stem=job.stem,
+        run=job.run_dir.name,
+        profile=job.profile,
+        parameters=dict(job.parameters),
+        started_utc=utc_now(),
+        provenance=dict(job.provenance),
+        key=dict(job.key) if job.key is not None else None,
+    )
+
+
+def utc_now() -> str:
+    """Return the time of day, for people; never used to measure."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watch a running notebook: say what it does, hold it to its budget, and leave no process behind.
+"""Watch a running notebook: say what it does, hold it to its budgets, and leave no process behind.
 
 nbclient has a timeout per cell and none per notebook, and a dead or stopped kernel leaves its children running. The
 watch is one thread beside the run. To stop a notebook it first interrupts the kernel, so that the executed copy shows
-the line that was running, and kills the kernel's whole process group when that does not help.
+the line that was running, and kills all that it started when that does not help.
 """
 
 import contextlib
 import math
-import os
 import signal
 import threading
 import time
@@ -17,10 +16,13 @@ from collections.abc import Callable, Iterator
 import nbformat
 import psutil
 
+from aiterlab.suite import family
 from aiterlab.suite import status as words
 
 GRACE_S = 5.0
-_FAMILY_INTERVAL_S = 5.0
+_STUCK_S = 30.0
+_FAREWELL_S = 1.0  # for processes that are ending by themselves, as multiprocessing's tracker does
+_MEMORY_INTERVAL_S = 5.0
 _INTERRUPT_INTERVAL_S = 1.0  # a kernel ignores an interrupt that comes between two cells
 
 
@@ -29,38 +31,62 @@ class Stopped(Exception):
 
 
 class Watch:
-    """Progress, heartbeat, time budget and interrupts of one notebook."""
+    """Progress, heartbeat, budgets, memory and interrupts of one notebook.
 
-    def __init__(self, status: words.NotebookStatus, budget_s: float, heartbeat_s: float, say: Callable[[str], None]):
+    Args:
+        budget_s: wall clock of the notebook.
+        cell_budget_s: wall clock of each of its cells.
+        heartbeat_s: a cell that takes longer says so this often.
+        say: gets each line of progress.
+    """
+
+    def __init__(
+        self,
+        status: words.NotebookStatus,
+        budget_s: float,
+        heartbeat_s: float,
+        say: Callable[[str], None],
+        cell_budget_s: float = math.inf,
+    ) -> None:
         self.status = status
-        self.budget_s = budget_s
-        self.heartbeat_s = heartbeat_s
+        self.budget_s, self.cell_budget_s, self.heartbeat_s = budget_s, cell_budget_s, heartbeat_s
         self.say = say
         self.notebook: nbformat.NotebookNode | None = None  # as the engine runs it, parameters injected
+        self.stuck: Callable[[], None] | None = None  # called where the run does not end although all is killed
         self.stop_status: str | None = None
+        self.stop_reason: str | None = None
         self._cell: words.CellStatus | None = None
         self._cell_began = 0.0
         self._next_beat = 0.0
         self._kernel: psutil.Process | None = None
-        self._group: int | None = None
-        self._family: set[psutil.Process] = set()
+        self._spared: set[psutil.Process] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"watch {status.stem}", daemon=True)
 
     def __enter__(self) -> "Watch":
+        family.adopt_orphans()
+        self._spared = family.descendants()
+        self._oom_kills = family.oom_kills()
         self._began = time.monotonic()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        deadline = time.monotonic() + (0 if self.stop_status else _FAREWELL_S)
+        while family.descendants() - self._spared and time.monotonic() < deadline:
+            time.sleep(0.02)
         self._done.set()
         self._thread.join()
-        self.kill()
+        self.status.left_over += self.kill()
 
-    def attach(self, pid: int, group: int) -> None:
-        """Take charge of a kernel's process and process group."""
+    def attach(self, pid: int) -> None:
+        """Take charge of a kernel's process."""
         # psutil remembers the start time, so that a reused process id is never signalled.
-        self._kernel, self._group = psutil.Process(pid), group
+        self._kernel = psutil.Process(pid)
+
+    def spare(self, pid: int) -> None:
+        """Leave one process of the runner's own alone."""
+        self._spared.add(psutil.Process(pid))
 
     def cell_started(self, cell: words.CellStatus) -> None:
         """Begin a cell, unless the run was stopped before it."""
@@ -76,19 +102,18 @@ class Watch:
         self._cell = None
         self.say(f"{self._label(cell)}  {cell.seconds:.1f} s  {status}")
 
-    def stop(self, status: str) -> None:
-        """Ask the notebook to end with this status; the first reason wins."""
-        self.stop_status = self.stop_status or status
+    def stop(self, status: str, reason: str) -> None:
+        """Ask the notebook to end with this status; the first one wins."""
+        if self.stop_status is None:
+            self.stop_status, self.stop_reason = status, reason
 
-    def kill(self) -> None:
-        """Kill whatever is left of the kernel's process group and of the processes it was seen to start."""
-        self._find_family()
-        if self._group not in (None, os.getpgrp()):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._group, signal.SIGKILL)
-        for process in self._family:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+    def out_of_memory(self) -> bool:
+        """Tell whether the system has killed a process for want of memory since the notebook began."""
+        return self._oom_kills is not None and (family.oom_kills() or 0) > self._oom_kills
+
+    def kill(self) -> list[str]:
+        """Kill whatever the notebook has started and is still there; returns what that was."""
+        return family.end(self._spared)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -101,7 +126,7 @@ class Watch:
             if self.stop_status == words.INTERRUPTED:
                 self.kill()
                 raise KeyboardInterrupt
-            self.stop(words.INTERRUPTED)
+            self.stop(words.INTERRUPTED, "stopped by Ctrl-C or SIGTERM")
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -114,39 +139,49 @@ class Watch:
                 signal.signal(number, handler)
 
     def _run(self) -> None:
-        next_family = 0.0
+        next_look = 0.0
         next_interrupt = math.inf
         stopped_at = None
         while not self._done.wait(0.1):
             now = time.monotonic()
-            if self.stop_status is None and now - self._began > self.budget_s:
-                self.stop(words.TIMEOUT)
+            self._hold_to_budgets(now)
             if self.stop_status is not None and stopped_at is None:
                 stopped_at = next_interrupt = now
                 self.say(f"{self.status.stem}  {self.stop_status}; stopping the kernel")
             if stopped_at is not None and now - stopped_at > GRACE_S:
-                self.kill()
+                self.status.left_over += self.kill()
+                if self.stuck and not self._done.wait(_STUCK_S):
+                    self.stuck()
                 return
             if now >= next_interrupt:
                 self._interrupt()
                 next_interrupt = now + _INTERRUPT_INTERVAL_S
-            if now >= next_family:
-                self._find_family()
-                next_family = now + _FAMILY_INTERVAL_S
+            if now >= next_look:
+                self._look_at_memory()
+                next_look = now + _MEMORY_INTERVAL_S
             cell = self._cell
             if cell is not None and now >= self._next_beat:
                 self._next_beat += self.heartbeat_s
                 self.say(f"{self._label(cell)}  still running, {now - self._cell_began:.0f} s")
+
+    def _hold_to_budgets(self, now: float) -> None:
+        if now - self._began > self.budget_s:
+            self.stop(words.TIMEOUT, f"stopped after its budget of {self.budget_s:.0f} s")
+        cell = self._cell
+        if cell is not None and now - self._cell_began > self.cell_budget_s:
+            self.stop(
+                words.TIMEOUT, f"cell {cell.number} was stopped after a cell's budget of {self.cell_budget_s:.0f} s"
+            )
 
     def _interrupt(self) -> None:
         if self._kernel is not None:
             with contextlib.suppress(psutil.Error):
                 self._kernel.send_signal(signal.SIGINT)
 
-    def _find_family(self) -> None:
-        if self._kernel is not None:
-            with contextlib.suppress(psutil.Error):
-                self._family |= set(self._kernel.children(recursive=True))
+    def _look_at_memory(self) -> None:
+        seen = family.memory_bytes(family.descendants() - self._spared)
+        if seen:
+            self.status.peak_memory_bytes = max(seen, self.status.peak_memory_bytes or 0)
 
     def _label(self, cell: words.CellStatus) -> str:
         total = len(self.status.cells)
