@@ -11,7 +11,7 @@ from suite_notebooks import write_notebook
 
 import run_all
 from aiterlab.paths import notebooks_dir
-from aiterlab.suite import runs
+from aiterlab.suite import cli, runs
 from aiterlab.suite.runs import Row
 
 SHOW = "print(names, workers)"
@@ -45,7 +45,7 @@ def test_a_failure_does_not_stop_the_rest_and_is_told_at_the_end(bench):
     bench.add("01_bad", "raise ValueError('told')")
     bench.add("02_good", SHOW)
     code, out, _ = bench.run(rows_of("01_bad", "02_good"))
-    assert code == run_all.EXIT_FAILED == 1
+    assert code == cli.EXIT_FAILED == 1
     table = out[out.index("notebook ") :]
     latest = bench.results / "latest"
     run = bench.results / os.readlink(latest)
@@ -66,7 +66,7 @@ def test_profile_only_and_set_reach_the_notebook(bench):
     rows = rows_of("01_a", "02_b", "03_c", smoke={"workers": 5})
     options = ["--profile", "smoke", "--only", "03_c,01_a", "--set", '01_a.names=["x", "y"]', "--set", "01_a.workers=9"]
     code, _, _ = bench.run(rows, *options)
-    assert code == run_all.EXIT_OK == 0
+    assert code == cli.EXIT_OK == 0
     latest = bench.results / "latest"
     assert os.readlink(latest).endswith("Z-smoke")
     assert sorted(path.name for path in latest.iterdir() if path.is_dir()) == ["01_a", "03_c"]
@@ -98,7 +98,7 @@ def test_bad_input_is_one_line_before_anything_starts(bench, monkeypatch, argv, 
     bench.add("02_b", SHOW)
     monkeypatch.setattr(runs, "run_plans", lambda *_, **__: pytest.fail("a notebook was started"))
     code, out, err = bench.run(rows_of("01_a", "02_b"), *argv)
-    assert code == run_all.EXIT_BAD_INPUT == 2
+    assert code == cli.EXIT_BAD_INPUT == 2
     assert said in err and len(err.splitlines()) == 1 and out == ""
     assert not bench.results.exists()
 
@@ -124,7 +124,7 @@ def test_a_run_is_refused_in_another_environment_than_asked_for(bench, monkeypat
     if asked == build:
         assert (code, err) == (0, "")
     else:
-        assert code == run_all.EXIT_BAD_INPUT == 2 and out == "" and len(err.splitlines()) == 1
+        assert code == cli.EXIT_BAD_INPUT == 2 and out == "" and len(err.splitlines()) == 1
         assert f"--environment {asked}" in err
     assert not bench.results.exists()
 
@@ -225,7 +225,7 @@ def test_an_interrupt_ends_with_130_the_table_and_what_there_is(bench):
         assert "[1/2]" in said[1]
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
-    assert process.returncode == run_all.EXIT_INTERRUPTED == 130
+    assert process.returncode == cli.EXIT_INTERRUPTED == 130
     rows = [line.split()[:3] for line in out.splitlines() if line.strip().startswith(("01_a  ", "02_b  "))]
     assert ["01_a", "interrupted"] in [row[:2] for row in rows] and ["02_b", "not", "run"] in rows
     folder = bench.results / "latest" / "01_a"
@@ -261,11 +261,11 @@ def test_without_symbolic_links_latest_is_a_file_with_the_name(tmp_path, monkeyp
 def test_the_projects_rows_have_every_profile():
     assert len({row.stem for row in run_all.ROWS}) == len(run_all.ROWS)
     for row in run_all.ROWS:
-        assert tuple(row.profiles) == run_all.PROFILES
+        assert tuple(row.profiles) == cli.PROFILES
 
 
 @pytest.mark.skipif(not notebooks_dir().is_dir(), reason="the project's notebooks are not here")
-@pytest.mark.parametrize("profile", run_all.PROFILES)
+@pytest.mark.parametrize("profile", cli.PROFILES)
 def test_the_projects_rows_fit_the_projects_notebooks(profile):
     plans = runs.plan_runs(run_all.ROWS, notebooks_dir(), profile=profile)
     assert [plan.row.stem for plan in plans] == sorted(path.stem for path in notebooks_dir().glob("*.ipynb"))

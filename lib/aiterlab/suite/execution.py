@@ -119,7 +119,7 @@ class WatchedClient(PapermillNotebookClient):
         self._output_bytes = 0
 
     def create_kernel_manager(self) -> KernelManager:
-        """Connect through sockets in a folder: a port that was free a moment ago may be taken, and anyone can listen."""
+        """Connect through sockets in a folder: a free port may be taken a moment later, and anyone can listen."""
         manager = super().create_kernel_manager()
         self._sockets = tempfile.TemporaryDirectory(prefix="aiterlab-")
         # Without a name of its own a kernel's sockets are called like any other's in the working folder.

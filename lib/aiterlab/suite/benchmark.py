@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runner costs, and what it saves: beside nbclient alone, and beside papermill on the same notebooks.
+
+    python -m aiterlab.suite.benchmark            cost per notebook and per cell, about a minute
+    python -m aiterlab.suite.benchmark --whole    also every notebook at profile standard, both ways, in turns: an hour
+
+Every comparison is made in turns in one session, on results folders of their own, with the same downloads. The record
+goes to `results/interactive/runner/record.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
+
+from aiterlab import paths, records
+from aiterlab.suite import runs
+
+STEM = "runner"
+CELLS = 100
+GOALS = {"whole_ratio": 0.6, "single_ratio": 1.05, "overhead_notebook_s": 0.5, "overhead_cell_s": 0.005}
+_OTHERS = """
+import sys
+from pathlib import Path
+from aiterlab.suite import cli, runs
+notebooks = Path(sys.argv[1])
+rows = [runs.Row(path.stem, 1, "", {"standard": {}}) for path in sorted(notebooks.glob("*.ipynb"))]
+sys.exit(cli.main(sys.argv[2:], rows, notebooks))
+"""
+_PARAMETERS = "count: int = 1  # notebooks are told apart by nothing else"
+
+
+def overhead(folder: Path, turns: int) -> dict[str, list[float]]:
+    """Time notebooks of one cell and of many under nbclient alone and under the runner, in turns.
+
+    Returns:
+        Seconds of every turn: `{nbclient,runner}_{one,many}_s` for a notebook, and `command_s` for the whole command.
+    """
+    seconds: dict[str, list[float]] = {}
+    for kind, cells in (("one", 1), ("many", 1 + CELLS)):
+        _write(folder / "notebooks" / f"01_{kind}.ipynb", cells)
+    for _ in range(turns):
+        for kind in ("one", "many"):
+            notebook = nbformat.read(folder / "notebooks" / f"01_{kind}.ipynb", as_version=4)
+            began = time.monotonic()
+            NotebookClient(notebook, kernel_name="python3").execute()
+            seconds.setdefault(f"nbclient_{kind}_s", []).append(time.monotonic() - began)
+            began = time.monotonic()
+            run = _run_all(["--only", f"01_{kind}"], folder / "results", folder / "notebooks")
+            seconds.setdefault(f"command_{kind}_s", []).append(time.monotonic() - began)
+            ending = json.loads((run / f"01_{kind}" / "status.json").read_text())
+            seconds.setdefault(f"runner_{kind}_s", []).append(ending["seconds"])
+    return seconds
+
+
+def whole(stems: Sequence[str], folder: Path, profile: str, turns: int) -> dict[str, list[float]]:
+    """Time notebooks under papermill, one after another, and under the runner, in turns.
+
+    Both start each time without an answer of an earlier turn; trees that were fetched stay.
+    """
+    seconds: dict[str, list[float]] = {"papermill_s": [], "runner_s": []}
+    for turn in range(turns):
+        run_dir = folder / f"papermill-{turn}"
+        began = time.monotonic()
+        for stem in stems:
+            notebook = paths.notebooks_dir() / f"{stem}.ipynb"
+            executed = run_dir / stem / "executed.ipynb"
+            executed.parent.mkdir(parents=True)
+            subprocess.run(
+                [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(executed)],
+                check=True,
+                cwd=notebook.parent,
+                env=os.environ | {paths.RUN_DIR_VARIABLE: str(run_dir)},
+                stderr=subprocess.DEVNULL,
+            )
+        seconds["papermill_s"].append(time.monotonic() - began)
+        began = time.monotonic()
+        _run_all(["--profile", profile, "--only", ",".join(stems)], folder / "results")
+        seconds["runner_s"].append(time.monotonic() - began)
+    return seconds
+
+
+def summary(measured: dict[str, list[float]]) -> dict[str, float]:
+    """Return what the goals are about, from medians of the turns; what was not measured is absent."""
+    middle = {name: statistics.median(values) for name, values in measured.items()}
+    found = {}
+    if "runner_one_s" in middle:
+        found["overhead_notebook_s"] = middle["runner_one_s"] - middle["nbclient_one_s"]
+        ours, plain = (middle[f"{who}_many_s"] - middle[f"{who}_one_s"] for who in ("runner", "nbclient"))
+        found["overhead_cell_s"] = (ours - plain) / CELLS
+    for name in ("whole", "single"):
+        if f"{name}_runner_s" in middle:
+            found[f"{name}_ratio"] = middle[f"{name}_runner_s"] / middle[f"{name}_papermill_s"]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the record."""
+    parser = argparse.ArgumentParser(prog="python -m aiterlab.suite.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=5, help="of the small notebooks (default: 5)")
+    parser.add_argument(
+        "--whole", action="store_true", help="also every notebook, under papermill and under the runner"
+    )
+    parser.add_argument("--whole-turns", type=int, default=1, help="of those (default: 1)")
+    parser.add_argument(
+        "--single", metavar="STEM", default="04_run_attention_kernels", help="the notebook that runs alone"
+    )
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="aiterlab-") as name:
+        folder = Path(name)
+        measured = overhead(folder, options.turns)
+        if options.whole:
+            stems = sorted(path.stem for path in paths.notebooks_dir().glob("[0-9]*.ipynb"))
+            for what, chosen in (("single", [options.single]), ("whole", stems)):
+                found = whole(chosen, folder / what, "standard", options.whole_turns)
+                measured |= {f"{what}_{key}": values for key, values in found.items()}
+    said = summary(measured)
+    for name, value in said.items():
+        verdict = "reached" if value <= GOALS[name] else "missed"
+        print(f"{name}: {value:.4g} (goal: at most {GOALS[name]:g}, {verdict})")
+    record = {"finding": "; ".join(f"{name} {value:.3g}" for name, value in said.items()), **said, **measured}
+    print(records.save_record(STEM, record, parameters=vars(options)))
+
+
+def _write(path: Path, cells: int) -> None:
+    notebook = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
+    notebook.cells = [new_code_cell(_PARAMETERS, metadata={"tags": ["parameters"]})]
+    notebook.cells += [new_code_cell(f"count + {number}") for number in range(cells)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+
+
+def _run_all(arguments: list[str], results: Path, notebooks: Path | None = None) -> Path:
+    """Run the command line in a process of its own, on the project's notebooks or others; returns the run's folder."""
+    program = [str(paths.project_root() / "run_all.py")] if notebooks is None else ["-c", _OTHERS, str(notebooks)]
+    command = [sys.executable, *program, *arguments, "--results", str(results)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=paths.project_root())
+    return (results / runs.LATEST_NAME).resolve()
+
+
+if __name__ == "__main__":
+    main()

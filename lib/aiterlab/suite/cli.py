@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of `run_all.py`: check everything first, run, say how it ended, and answer with an exit code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+
+from aiterlab import paths
+from aiterlab.suite import console, environment, runs, status
+from aiterlab.suite.parameters import ParameterError
+from aiterlab.suite.runs import Row
+
+PROFILES = ("smoke", "standard", "full")
+DEFAULT_PROFILE = "standard"
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+EPILOG = """\
+examples:
+  python run_all.py                                  every notebook, profile standard
+  python run_all.py --profile smoke                  the same checks on smaller questions, in minutes
+  python run_all.py --list                           what there is, and every parameter with its default
+  python run_all.py --only 02_apply_fix
+  python run_all.py --environment cuda --profile full --only 04_run_attention_kernels
+  python run_all.py --only 01_reproduce_regression \\
+      --set '01_reproduce_regression.trees=["regressed", "path:/src/vllm"]' \\
+      --set 01_reproduce_regression.workers=4
+
+each run leaves results/<run>/<notebook>/{report.html, record.json, executed.ipynb, status.json, log.txt, *.png};
+results/latest leads to the newest run.
+
+exit codes:
+  0    every notebook ran to its end
+  1    a notebook failed, ran out of time, or lost its kernel; the others were run all the same
+  2    bad input: an unknown notebook, profile or parameter, a value of the wrong type, another environment than asked
+       for; nothing was started
+  130  interrupted (Ctrl-C or SIGTERM); what had been found by then is written
+"""
+
+
+def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None = None) -> int:
+    """Run the command line on these rows and return its exit code; `notebooks` defaults to the project's own folder."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["compare"]:
+        from aiterlab.suite import compare
+
+        return compare.main(argv[1:])
+    options = _parser().parse_args(argv)
+    results = options.results or paths.results_dir()
+    only = [stem.strip() for names in options.only for stem in names.split(",") if stem.strip()]
+    try:
+        if options.environment:
+            environment.require(options.environment)
+        run = runs.old_run(results, options.resume) if options.resume else None
+        profile = options.profile or (run.profile if run else DEFAULT_PROFILE)
+        only, settings = only or (run.only if run else ()), options.set or (run.settings if run else ())
+        plans = runs.plan_runs(rows, notebooks or paths.notebooks_dir(), profile=profile, only=only, settings=settings)
+        if options.list:
+            console.print_list(plans)
+            return EXIT_OK
+        run = run or runs.new_run(results, profile, only, settings)
+        with runs.held(run):
+            return _run(plans, replace(run, profile=profile, only=tuple(only), settings=tuple(settings)), options)
+    except (ParameterError, OSError) as error:
+        print(f"run_all.py: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _run(plans: Sequence[runs.Plan], run: runs.Run, options: argparse.Namespace) -> int:
+    began = monotonic()
+    run.save(plans, status.INTERRUPTED, None, None)
+    runs.point_latest(run.folder)
+    outcomes: list[status.NotebookStatus] = []
+    say = console.say
+    try:
+        for outcome in runs.run_plans(plans, run, say, at_once=options.at_once, fail_fast=options.fail_fast):
+            outcomes.append(outcome)
+    except KeyboardInterrupt:
+        pass  # a second Ctrl-C: fewer outcomes than plans
+    if len(outcomes) < len(plans) or any(outcome.status == status.INTERRUPTED for outcome in outcomes):
+        exit_code, ending = EXIT_INTERRUPTED, status.INTERRUPTED
+    else:
+        exit_code = EXIT_OK if all(outcome.ok for outcome in outcomes) else EXIT_FAILED
+        ending = status.FAILED if exit_code else status.OK
+    run.save(plans, ending, exit_code, round(monotonic() - began, 3))
+    console.print_table(plans, outcomes, run.folder)
+    return exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run_all.py",
+        description="Run the notebooks one after the other, each in a fresh kernel, and render a report of each.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--profile", help=f"one of {', '.join(PROFILES)} (default: {DEFAULT_PROFILE})")
+    parser.add_argument(
+        "--only", metavar="STEM", action="append", default=[], help="run only this; repeat it, or separate with commas"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="STEM.name=value",
+        action="append",
+        default=[],
+        help="set a parameter; the value is JSON, or a bare string where the parameter is a str; repeatable",
+    )
+    parser.add_argument(
+        "--environment",
+        metavar="STACK",
+        help="refuse to run unless this is the stack: cpu, cuda or rocm (default: any)",
+    )
+    parser.add_argument("--list", action="store_true", help="list notebooks and parameters, and run nothing")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        const=runs.LATEST_NAME,
+        help="go on with a run (default: the newest): keep what is done and unchanged, run the rest",
+    )
+    parser.add_argument(
+        "--at-once", metavar="N", type=int, default=0, help="notebooks at the same time (default: one per core)"
+    )
+    parser.add_argument("--fail-fast", action="store_true", help="when one has failed, skip what has not begun")
+    parser.add_argument("--results", metavar="DIR", type=Path, help="where to put the run (default: results/)")
+    return parser
