@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 from aiterlab.suite.parameter_model import Each, NotebookParameters, ParameterError, Some, unknown, written_as
 
 Architecture = Literal["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201"]
-ArchitectureOrNative = Literal["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "native"]
-ArchitectureOrNone = Literal["", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201"]
+ArchitectureOrNative = Literal[Architecture, "native"]
+ArchitectureOrNone = Literal["", Architecture]
 Switch = Literal["unset", "0", "1"]
 Operation = Literal["decode", "verify", "extend", "prefill", "gather"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -38,7 +38,7 @@ _TREE = (
 )
 _TREE_WORDS = ("regressed", "hotfixed", "installed")
 _TREES = "release:X.Y.Z, regressed, hotfixed, hotfixed:TREE, hotfixed-without-N, path:DIR or installed"
-_RANGE = r"releases:(all|\d[\d.]*|(\d[\d.]*)?\.\.(\d[\d.]*)?)"
+_RANGE = r"releases:(all|[\d.]*\d|([\d.]*\d)?\.\.([\d.]*\d)?)"
 Tree = written_as(_TREE, "tree", _TREES, _TREE_WORDS)
 TreeOrRange = written_as(
     f"{_TREE}|{_RANGE}", "tree", f"{_TREES}, or releases:FIRST..LAST or releases:all", (*_TREE_WORDS, "releases:all")

@@ -2,8 +2,10 @@
 """The tags that a cell may carry, and what each does; a tag that nothing reads would be a promise that is not kept."""
 
 TAGS = {
-    "parameters": "the one cell of typed literals; papermill adds its own cell behind it",
+    "parameters": "marks the one cell of typed literals; papermill adds its own cell behind it",
     "injected-parameters": "papermill's own cell, in executed copies: the values that differ from the defaults",
-    "skip-execution": "the cell is not run and the report calls it skipped; those after it run",
-    "raises-exception": "the cell may raise, its error is shown, and those after it run",
+    "skip-execution": "the cell is not run, the report calls it skipped, and those after it run",
+    "raises-exception": (
+        "the cell may raise: its error is shown and those after it run; papermill alone then calls the run failed"
+    ),
 }
