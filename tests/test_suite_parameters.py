@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+
 import nbformat
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from papermill.parameterize import parameterize_notebook
 from suite_notebooks import write_notebook
 
 from aiterlab.paths import notebooks_dir
@@ -73,7 +78,6 @@ def test_a_value_from_the_command_line(parameters, name, text, value):
         ("tolerance", "NaN", "not JSON"),
         ("tolerance", "1e999", "finite"),
         ("strict", "1", "valid boolean"),
-        ("mode", "medium", "'fast' or 'slow'"),
         ("limit", "soon", "not JSON"),
     ],
 )
@@ -82,6 +86,20 @@ def test_a_wrong_value_is_refused_in_one_line_with_its_mend(parameters, name, te
         parameters[name].from_text(text, name)
     message = str(caught.value)
     assert message.startswith(name) and "\n" not in message and parameters[name].annotation in message
+
+
+def test_a_choice_that_there_is_not_is_refused_with_the_nearest(parameters):
+    with pytest.raises(ParameterError, match=r"^mode: unknown choice 'fats'; did you mean 'fast'\?$"):
+        parameters["mode"].from_text("fats", "mode")
+    with pytest.raises(ParameterError, match=r"^mode: unknown choice 'x'; there are: fast, slow$"):
+        parameters["mode"].from_text('"x"', "mode")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '["\\ud800"]', '["a\\nb", 1]'])
+def test_hostile_text_is_refused_in_one_line(parameters, text):
+    with pytest.raises(ParameterError) as caught:
+        parameters["trees"].from_text(text, "trees")
+    assert "\n" not in str(caught.value)
 
 
 def test_overrides_are_laid_over_the_defaults_and_checked(parameters):
@@ -137,6 +155,54 @@ def test_a_missing_or_broken_file_is_bad_input(tmp_path):
         load_notebook(tmp_path / "broken.ipynb")
 
 
+# What papermill writes into its own cell
+
+
+def after_papermill(value):
+    """The value that a notebook's cell has, once papermill has written it there and Python has read it."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel, "papermill": {}})
+    injected = parameterize_notebook(notebook, {"value": value})
+    (cell,) = json.loads(nbformat.writes(injected), object_hook=nbformat.from_dict).cells  # as the file holds it
+    namespace = {}
+    exec("".join(cell.source), namespace)
+    return namespace["value"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(JSON)
+def test_every_json_value_reaches_the_notebook_as_it_is(value):
+    assert repr(after_papermill(json.loads(json.dumps(value)))) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "12e4567", "007", "1_000", "nan", "inf", "true", "None", "", " ", True, False, None, 0, -0.0, 1.0, 1e22, 5e-324,
+        2**63, -(10**300), "it's \"quoted\"", '\'\'\'"""', "a\nb\r\n\tc", "\\", "C:\\new\\x41",
+        "{braces} %s $x", "é 漢字 😀",
+        "\u2028\x00\x1b[31m", "# no comment", [], {}, [[], {}], [True, "true", 1, 1.0, None],
+        {"a b": {"'\"\\": [1, "2"]}, "": None, "é": -1},
+    ],
+)  # fmt: skip
+def test_values_that_look_like_others_stay_what_they_are(value):
+    assert repr(after_papermill(value)) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["12e4567", "007", "1_000", "nan", "true", "None", "null", "1e999", "0x10", "[1]", "é"]
+)
+def test_a_name_that_looks_like_something_else_stays_a_name(parameters, text):
+    assert after_papermill(parameters["commit"].from_text(text, "commit")) == text
+
+
 READS_ALL = "print(names, workers)"
 
 
@@ -184,6 +250,14 @@ def test_the_lint_finds_outputs_and_foreign_metadata(tmp_path):
     nbformat.write(notebook, path)
     said = " ".join(lint_notebook(path))
     assert "cell 2: has outputs" in said and "the name python3" in said and "widgets" in said
+
+
+def test_the_lint_finds_a_tag_that_nothing_reads(tmp_path):
+    path = write_notebook(tmp_path / "01_x.ipynb", "# Title", READS_ALL)
+    notebook = nbformat.read(path, 4)
+    notebook.cells[2].metadata["tags"] = ["skip-exection"]
+    nbformat.write(notebook, path)
+    assert lint_notebook(path) == ["cell 3: unknown tag 'skip-exection'; did you mean 'skip-execution'?"]
 
 
 def test_the_lint_reports_a_broken_parameters_cell(tmp_path):

@@ -4,3 +4,7 @@
 `parameters` reads and checks, `execution` runs one notebook, `status` is what is said about it, `report` shows it, and
 `runs` puts several into one results folder. Nothing here knows a kernel or vLLM.
 """
+
+from aiterlab.suite.notebook_parameters import check_parameters
+
+__all__ = ["check_parameters"]

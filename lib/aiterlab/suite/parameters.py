@@ -2,17 +2,16 @@
 """Read a notebook's parameters cell, and refuse a wrong parameter before any kernel starts.
 
 papermill injects unknown names with a warning and finds parameters with a regular expression that misses `Literal[...]`
-and `X | None`. Here the cell is parsed as Python, and every value is checked against its annotation, strictly: a string
-is never taken for a list, nor "1e5" for a commit id.
+and `X | None`. Here the cell is parsed as Python, and every value is checked, strictly: a string is never taken for a
+list, nor "1e5" for a commit id. The project's own notebooks are held to their model, others to their annotations.
 """
 
 import ast
-import difflib
 import io
 import json
 import re
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +19,20 @@ from typing import Any, Literal
 import nbformat
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from aiterlab.suite.notebook_parameters import MODELS
+from aiterlab.suite.parameter_model import (
+    ParameterError,
+    complaint,
+    refuse_lone_surrogates,
+    shortened,
+    unknown,
+)
+
 PARAMETERS_TAG = "parameters"
 _PLAIN_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict, "None": None}
 _SECRET_NAME = re.compile(
     r"(^|_)(token|secret|password|passwd|credentials?|apikey|(api|access|private|auth|secret)_key)$", re.IGNORECASE
 )
-
-
-class ParameterError(ValueError):
-    """A parameter that cannot be used; the message is one line that says what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,18 @@ class Parameter:
 
     def check(self, value: Any, where: str) -> Any:
         """Return `value` if it is of this parameter's type, else raise ParameterError."""
+        refuse_lone_surrogates(value, where)
         try:
             return _adapter(self.type).validate_python(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            spot = "".join(f"[{part!r}]" for part in first["loc"] if isinstance(part, int))
-            complaint = first["msg"][0].lower() + first["msg"][1:]
-            wanted = f"wanted {self.annotation} such as {_short(self.default)}"
-            raise ParameterError(f"{where}{spot}: {complaint}; got {_short(value)}, {wanted}") from None
+            wanted = f"{self.annotation} such as {shortened(self.default)}"
+            raise ParameterError(complaint(error.errors(include_url=False)[0], where, wanted)) from None
 
     def from_text(self, text: str, where: str) -> Any:
         """Read a value from a command line: JSON, or a bare string where the annotation takes strings."""
         try:
             value = json.loads(text, parse_constant=_refuse_constant)
-        except ValueError:
+        except (ValueError, RecursionError):
             value, is_json = text, False
         else:
             is_json = True
@@ -80,12 +82,17 @@ def load_notebook(path: Path) -> nbformat.NotebookNode:
         raise ParameterError(f"{path}: not a notebook ({str(error).splitlines()[0]})") from error
 
 
-def read_parameters(notebook: nbformat.NotebookNode) -> dict[str, Parameter]:
-    """Return the parameters of the one cell tagged `parameters`, in the order written."""
+def parameters_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return the one cell tagged `parameters`; raises ParameterError if there is none, or more."""
     cells = [cell for cell in notebook.cells if PARAMETERS_TAG in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ParameterError(f"exactly one cell must be tagged {PARAMETERS_TAG!r}; found {len(cells)}")
-    source = cells[0].source
+    return cells[0]
+
+
+def read_parameters(notebook: nbformat.NotebookNode) -> dict[str, Parameter]:
+    """Return the parameters of the one cell tagged `parameters`, in the order written."""
+    source = parameters_cell(notebook).source
     try:
         body = ast.parse(source).body
     except SyntaxError as error:
@@ -103,28 +110,27 @@ def read_parameters(notebook: nbformat.NotebookNode) -> dict[str, Parameter]:
 def effective_values(
     parameters: Mapping[str, Parameter], overrides: Mapping[str, Any], where: str = ""
 ) -> dict[str, Any]:
-    """Return the defaults with `overrides` laid over them, all checked; `where` (the stem) opens each message."""
+    """Return the defaults with `overrides` laid over them, all checked.
+
+    Args:
+        where: the stem; it opens each message, and where a model has this name, the values are held to the model.
+    """
     for name in overrides:
         if name not in parameters:
             raise ParameterError(unknown(f"{where}: unknown parameter", name, parameters))
-    return {
-        name: parameter.check(overrides[name], f"{where}.{name}") if name in overrides else parameter.default
-        for name, parameter in parameters.items()
-    }
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """Word the message about a name that does not exist, with the likeliest intended one."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    mend = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known) or 'none'}"
-    return f"{what} {name!r}; {mend}"
+    values = {name: overrides.get(name, parameter.default) for name, parameter in parameters.items()}
+    if where not in MODELS:
+        return {name: parameters[name].check(value, f"{where}.{name}") for name, value in values.items()}
+    if missing := [name for name in MODELS[where].model_fields if name not in parameters]:
+        mend = f"run: python -m aiterlab.suite.rewrite {where}.ipynb"
+        raise ParameterError(f"{where}: its parameters cell lacks {', '.join(missing)}; {mend}")
+    return MODELS[where].checked(values, where)
 
 
 def _parameter(statement: ast.stmt, comments: Mapping[int, str]) -> Parameter:
     if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
         line = ast.unparse(statement).splitlines()[0]
-        raise ParameterError(f"parameters cell, `{_short(line)}`: only lines such as `name: int = 1  # unit, meaning`")
+        raise ParameterError(f"parameters cell, `{line[:80]}`: only lines such as `name: int = 1  # unit, meaning`")
     name, annotation = statement.target.id, ast.unparse(statement.annotation)
     if _SECRET_NAME.search(name):
         raise ParameterError(f"{name}: secrets are no parameters, they end up in files; read an environment variable")
@@ -183,8 +189,3 @@ def _refuse_constant(name: str) -> Any:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and " " in value else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
