@@ -2,6 +2,7 @@
 """The command line of `run_all.py`: check everything first, run, say how it ended, and answer with an exit code."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from time import monotonic
 
 from aiterlab import paths
 from aiterlab.suite import console, environment, runs, status
+from aiterlab.suite.parameter_file import read_parameter_file
 from aiterlab.suite.parameters import ParameterError
 from aiterlab.suite.runs import Row
 
@@ -53,16 +55,22 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
     try:
         if options.environment:
             environment.require(options.environment)
+        given = read_parameter_file(options.parameters, [row.stem for row in rows]) if options.parameters else {}
         run = runs.old_run(results, options.resume) if options.resume else None
-        profile = options.profile or (run.profile if run else DEFAULT_PROFILE)
-        only, settings = only or (run.only if run else ()), options.set or (run.settings if run else ())
-        plans = runs.plan_runs(rows, notebooks or paths.notebooks_dir(), profile=profile, only=only, settings=settings)
+        # What was asked for then holds unless it is asked for anew.
+        asked = {
+            "profile": options.profile or (run.profile if run else DEFAULT_PROFILE),
+            "only": tuple(only) or (run.only if run else ()),
+            "settings": tuple(options.set) or (run.settings if run else ()),
+            "given": given or (run.given if run else {}),
+        }
+        plans = runs.plan_runs(_budgeted(rows, options), notebooks or paths.notebooks_dir(), **asked)
         if options.list:
             console.print_list(plans)
             return EXIT_OK
-        run = run or runs.new_run(results, profile, only, settings)
+        run = replace(run or runs.new_run(results, asked["profile"]), **asked)
         with runs.held(run):
-            return _run(plans, replace(run, profile=profile, only=tuple(only), settings=tuple(settings)), options)
+            return _run(plans, run, options)
     except (ParameterError, OSError) as error:
         print(f"run_all.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -89,6 +97,14 @@ def _run(plans: Sequence[runs.Plan], run: runs.Run, options: argparse.Namespace)
     return exit_code
 
 
+def _budgeted(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
+    names = ("budget_minutes", "cell_budget_minutes")
+    budgets = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if bad := [name for name, value in budgets.items() if not 0 < value < math.inf]:
+        raise ParameterError(f"--{bad[0].replace('_', '-')}: minutes are a number above 0; got {budgets[bad[0]]}")
+    return [replace(row, **budgets) for row in rows]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run_all.py",
@@ -109,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         help="set a parameter; the value is JSON, or a bare string where the parameter is a str; repeatable",
     )
     parser.add_argument(
+        "--parameters", metavar="FILE", type=Path, help='a JSON file, {"STEM": {"name": value}}; --set wins over it'
+    )
+    parser.add_argument(
         "--environment",
         metavar="STACK",
         help="refuse to run unless this is the stack: cpu, cuda or rocm (default: any)",
@@ -123,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--at-once", metavar="N", type=int, default=0, help="notebooks at the same time (default: one per core)"
+    )
+    parser.add_argument(
+        "--budget-minutes", metavar="N", type=float, help="stop a notebook after this long (default: its row's)"
+    )
+    parser.add_argument(
+        "--cell-budget-minutes", metavar="N", type=float, help="and when one cell takes this long (default: its row's)"
     )
     parser.add_argument("--fail-fast", action="store_true", help="when one has failed, skip what has not begun")
     parser.add_argument("--results", metavar="DIR", type=Path, help="where to put the run (default: results/)")

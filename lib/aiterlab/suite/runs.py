@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,24 @@ class Plan:
 
 
 def plan_runs(
-    rows: Sequence[Row], notebooks: Path, *, profile: str, only: Iterable[str] = (), settings: Iterable[str] = ()
+    rows: Sequence[Row],
+    notebooks: Path,
+    *,
+    profile: str,
+    only: Iterable[str] = (),
+    settings: Iterable[str] = (),
+    given: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Plan]:
-    """Read and check everything that was asked for; raises ParameterError with one line on the first mistake."""
+    """Read and check everything that was asked for; raises ParameterError with one line on the first mistake.
+
+    Args:
+        rows: the notebooks that there are.
+        notebooks: their folder.
+        profile: which of each row's profiles.
+        only: stems of those to run; none for all.
+        settings: parameters as `STEM.name=value`; they win over `given`, and that over the profile.
+        given: parameters by stem and name, as from a file.
+    """
     by_stem = {row.stem: row for row in rows}
     chosen = list(dict.fromkeys(only)) or list(by_stem)
     for stem in chosen:
@@ -75,7 +90,8 @@ def plan_runs(
         if profile not in row.profiles:
             raise ParameterError(unknown("unknown profile", profile, row.profiles))
         if row.stem in chosen:
-            plans.append(_plan(row, notebooks / f"{row.stem}.ipynb", profile, texts.get(row.stem, {})))
+            overrides = {**row.profiles[profile], **(given or {}).get(row.stem, {})}
+            plans.append(_plan(row, notebooks / f"{row.stem}.ipynb", overrides, texts.get(row.stem, {})))
     return plans
 
 
@@ -87,6 +103,7 @@ class Run:
     profile: str
     only: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     resumed: bool = False
 
     def save(self, plans: Sequence[Plan], ending: str, exit_code: int | None, seconds: float | None) -> None:
@@ -100,6 +117,7 @@ class Run:
                         "profile": self.profile,
                         "only": list(self.only),
                         "settings": list(self.settings),
+                        "given": self.given,
                         "status": ending,
                         "exit_code": exit_code,
                         "seconds": seconds,
@@ -111,7 +129,7 @@ class Run:
         )
 
 
-def new_run(results: Path, profile: str, only: Sequence[str] = (), settings: Sequence[str] = ()) -> Run:
+def new_run(results: Path, profile: str) -> Run:
     """Create the folder of a new run, named by time and profile, unique even within one second."""
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{profile}"
     results.mkdir(parents=True, exist_ok=True)
@@ -123,7 +141,7 @@ def new_run(results: Path, profile: str, only: Sequence[str] = (), settings: Seq
         except FileExistsError:
             count += 1
         else:
-            return Run(folder, profile, tuple(only), tuple(settings))
+            return Run(folder, profile)
 
 
 def old_run(results: Path, name: str) -> Run:
@@ -131,7 +149,7 @@ def old_run(results: Path, name: str) -> Run:
     folder = Path(name) if Path(name).is_dir() else results / name
     try:
         said = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
-        asked = said["profile"], tuple(said["only"]), tuple(said["settings"])
+        asked = said["profile"], tuple(said["only"]), tuple(said["settings"]), said["given"]
     except (OSError, ValueError, KeyError, TypeError):
         known = sorted(file.parent.name for file in results.glob(f"*/{RUN_NAME}") if not file.parent.is_symlink())
         raise ParameterError(unknown("--resume: there is no run", name, known)) from None
@@ -226,13 +244,12 @@ def _account(job: Job, ending: status.NotebookStatus) -> None:
     execution.settle_unrun(job, ending)
 
 
-def _plan(row: Row, notebook: Path, profile: str, texts: Mapping[str, str]) -> Plan:
+def _plan(row: Row, notebook: Path, overrides: dict[str, Any], texts: Mapping[str, str]) -> Plan:
     content = load_notebook(notebook)
     try:
         parameters = read_parameters(content)
     except ParameterError as error:
         raise ParameterError(f"{notebook}: {error}") from None
-    overrides = dict(row.profiles[profile])
     for name, text in texts.items():
         if name not in parameters:
             raise ParameterError(unknown(f"{row.stem}: unknown parameter", name, parameters))
