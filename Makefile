@@ -33,6 +33,7 @@ lint: setup ## check style, and that notebooks hold no outputs
 	  || { echo 'a notebook holds outputs or run metadata: make format'; exit 1; }
 
 format: setup ## mend what lint complains of, as far as a tool can
+	@$(VENV)/bin/python -m aiterlab.suite.rewrite notebooks/*.ipynb
 	@$(VENV)/bin/python -m ruff check --fix .
 	@$(VENV)/bin/python -m ruff format .
 	@find notebooks -name '*.ipynb' -not -path '*/.*' -exec $(VENV)/bin/nbstripout $(STRIP) {} +
