@@ -131,7 +131,7 @@ def test_cells_are_compared_one_by_one():
     after = changed(before, cells__verdict={1: "builtin trap"}, cells__backend={1: "TRITON_ATTN"})
     (change,) = judgement.judge_cells(before, after)
     assert change.verdict is Verdict.WORSE
-    assert change.case_words == "release:0.15.1 gfx90a present unset ROCM_AITER_FA unset"
+    assert change.case_words == "release:0.15.1 gfx90a aiter present switch unset ROCM_AITER_FA shuffle_switch unset"
     assert change.facts == (("verdict", "works", "builtin trap"), ("backend", "ROCM_AITER_FA", "TRITON_ATTN"))
 
 

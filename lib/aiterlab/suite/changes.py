@@ -3,7 +3,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +46,28 @@ def obstacles_of(notebook: Notebook) -> list[tuple[str, int]]:
     return reasons.most_common()
 
 
-def differences_of(pairs: Mapping[str, tuple[Any, Any]]) -> list[tuple[str, str, str]]:
-    """Return parameters or environment facts that differ, as words."""
-    return [(name, *(_json(value) for value in values)) for name, values in pairs.items()]
+def differences_of(comparison: Comparison, kind: str) -> list[tuple[str, str, str, str]]:
+    """Return what differs in "parameters" or "environment": name, both values, and in which notebooks, by number.
+
+    Most facts of an environment differ alike in every notebook, and stand in one line.
+    """
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for notebook in comparison.notebooks:
+        for name, values in getattr(notebook, kind).items():
+            before, after = map(_json, values)
+            found.setdefault((name, before, after), []).append(notebook.stem[:2])
+    return [(*difference, " ".join(stems)) for difference, stems in found.items()]
 
 
 def verdict_words(comparison: Comparison) -> str:
     """Return the verdict and the counts behind it in one line."""
+    return f"{_MARKS[comparison.verdict]} {comparison.verdict}: {counts_words(comparison)}"
+
+
+def counts_words(comparison: Comparison) -> str:
+    """Return how many comparisons ended in each verdict."""
     counts = comparison.counts
-    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict)
-    return f"{_MARKS[comparison.verdict]} {comparison.verdict}: {told}"
+    return ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in Verdict)
 
 
 def findings_of(comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -101,15 +112,10 @@ def to_blocks(comparison: Comparison, most: int, *, whole: bool = True) -> list[
 
 def _difference_blocks(comparison: Comparison) -> list[Block]:
     blocks = []
-    for title, name in (("Parameters that differ", "parameters"), ("Environment that differs", "environment")):
-        # Most facts of the environment differ alike in every notebook.
-        rows: dict[tuple[str, str, str], list[str]] = {}
-        for notebook in comparison.notebooks:
-            for difference in differences_of(getattr(notebook, name)):
-                rows.setdefault(difference, []).append(notebook.stem[:2])
-        cells = [[*map(escape, difference), escape(" ".join(stems))] for difference, stems in rows.items()]
-        if cells:
-            blocks.append(table(["name", "first", "second", "notebooks"], cells, title=title))
+    for title, kind in (("Parameters that differ", "parameters"), ("Environment that differs", "environment")):
+        rows = [list(map(escape, difference)) for difference in differences_of(comparison, kind)]
+        if rows:
+            blocks.append(table(["name", "first", "second", "notebooks"], rows, title=title))
     findings = [list(map(escape, found)) for found in findings_of(comparison)]
     if findings:
         blocks.append(table(["notebook", "first", "second"], findings, title="Findings that are worded differently"))

@@ -2,11 +2,13 @@
 """`run_all.py compare A B`: what changed between two runs, or a run and the reference; Markdown, HTML, an exit code."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from aiterlab import paths
+from aiterlab.provenance import scrub
 from aiterlab.records import atomic_write_text
 from aiterlab.suite import changes, comparison
 from aiterlab.suite.judgement import Verdict
@@ -54,14 +56,17 @@ def main(argv: Sequence[str] | None = None, results: Path | None = None) -> int:
     except (comparison.SourceError, OSError) as error:
         print(f"run_all.py compare: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_CODES[compared.verdict]
 
 
 def to_markdown(compared: comparison.Comparison) -> str:
     """Return the comparison as Markdown that a review comment can hold."""
     title = Block([f"# {escape(compared.first)} and {escape(compared.second)}"])
-    return compose([title, *changes.to_blocks(compared, _MOST_CHANGES)], LIMIT_BYTES)
+    return scrub(compose([title, *changes.to_blocks(compared, _MOST_CHANGES)], LIMIT_BYTES))
 
 
 def _parser() -> argparse.ArgumentParser:

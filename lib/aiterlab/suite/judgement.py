@@ -125,8 +125,7 @@ def judge_cells(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
                 facts.sort(key=lambda fact: fact[0] != table.verdict)
                 tree = dict(case).get("tree")
                 verdict, reason = _weigh_answers(old.get(table.verdict), new.get(table.verdict), same_source(tree))
-                words = " ".join(value for _, value in case if value)
-                yield CellChange(words, tuple(facts), verdict, reason)
+                yield CellChange(case_words(case), tuple(facts), verdict, reason)
 
 
 def count_cells(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from aiterlab.suite.results import number
 Case = tuple[tuple[str, str], ...]
 Rows = Iterable[Mapping[str, Any]]
 EVERY_PARAMETER = ("*",)
+_SAY_LITTLE = frozenset({"auto", "present", "absent", "unset", "True", "False"})
 
 
 class Better(StrEnum):
@@ -123,9 +124,10 @@ def rows_of(record: Mapping[str, Any], table: str | Callable[[Mapping[str, Any]]
 
 
 def case_words(case: Case, labels: Container[str] | None = None) -> str:
-    """Return a case in a few words: the values of `labels`, by default of all, with the name where a value is short."""
+    """Return a case in a few words: the values of `labels` (default: all), named where a value alone says little."""
     told = [(name, value) for name, value in case if value and (labels is None or name in labels)]
-    return " ".join(value if len(value) > 2 else f"{name} {value}" for name, value in told) or "-"
+    words = (f"{name} {value}" if len(value) < 3 or value in _SAY_LITTLE else value for name, value in told)
+    return " ".join(words) or "-"
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

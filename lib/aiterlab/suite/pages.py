@@ -113,8 +113,6 @@ def _changes(comparison: Comparison) -> dict[str, Any]:
                 "lines": lines[:_MOST_CHANGES],
                 "more": len(lines[_MOST_CHANGES:]),
                 "obstacles": changes.obstacles_of(notebook),
-                "parameters": changes.differences_of(notebook.parameters),
-                "environment": changes.differences_of(notebook.environment),
             }
         )
     tones = {changes.Verdict.WORSE: "bad", changes.Verdict.BETTER: "good", changes.Verdict.SAME: "good"}
@@ -122,9 +120,11 @@ def _changes(comparison: Comparison) -> dict[str, Any]:
         "first": comparison.first,
         "second": comparison.second,
         "verdict": comparison.verdict,
-        "words": changes.verdict_words(comparison),
+        "words": changes.counts_words(comparison),
         "tone": tones.get(comparison.verdict, "idle"),
         "notebooks": notebooks,
+        "parameters": changes.differences_of(comparison, "parameters"),
+        "environment": changes.differences_of(comparison, "environment"),
         "findings": changes.findings_of(comparison),
     }
 
