@@ -47,7 +47,11 @@ class Browser:
         self.loop = asyncio.new_event_loop()
         self.numbers = itertools.count(1)
         self.events = []
-        self.socket = self.loop.run_until_complete(self._connect())
+        try:
+            self.socket = self.loop.run_until_complete(self._connect())
+        except BaseException:
+            self.process.kill()
+            raise
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime"):
