@@ -128,6 +128,7 @@ def test_other_forms_of_them(token):
         "class='sk-estimator-doc-link sk-toggleable__label-arrow'",
         "https://example.org:8080/a@b http://127.0.0.1:8000",
         "-----BEGIN CERTIFICATE-----",
+        "a file that begins with -----BEGIN " + "PRIVATE KEY----- is a key",
         "bearer of bad news without any digits",
         "sha256:" + "0123456789abcdef" * 4,
         "token=abc tokens=12345678901234567890123456789012345",
@@ -153,7 +154,9 @@ def test_much_text_takes_seconds():
     assert time.process_time() - began < 5  # 50 MB in under a minute, on a machine that is much slower than usual
 
 
-@pytest.mark.parametrize("piece", ["sk-", "://a", "-----BEGIN PRIVATE KEY-----", "eyJaaaaaaaaaa.", "earer a", "gho_"])
+@pytest.mark.parametrize(
+    "piece", ["sk-", "://a", "-----BEGIN " + "PRIVATE KEY-----", "eyJaaaaaaaaaa.", "earer a", "gho_"]
+)
 def test_text_made_to_be_slow_is_not(piece):
     began = time.process_time()
     scrub(piece * (2**20 // len(piece)), HOME)
@@ -243,7 +246,7 @@ def dangers(tree):
                 value = keyword.value.value if isinstance(keyword.value, ast.Constant) else "?"
                 if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and value is not False:
                     yield f"{name}({keyword.arg}={value})"
-        elif isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "[::]", "--allow-root"):
+        elif isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "[::]"):
             yield f"the address {node.value}"
         elif isinstance(node, ast.Dict):
             keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]

@@ -48,8 +48,8 @@ _SHAPES = tuple(
         (
             "private key",
             "-----BEGIN ",
-            r"(?:[A-Z0-9]+ ){0,4}PRIVATE KEY-----(?:(?:[A-Za-z0-9+/=:,.\s]|-(?!----)|\\[nr]){0,65536}+-----END "
-            r"(?:[A-Z0-9]+ ){0,4}PRIVATE KEY-----|(?:(?:\s|\\[nr]){0,4}[A-Za-z0-9+/=]{16,}){0,2048}+)",
+            r"(?:[A-Z0-9]+ ){0,4}PRIVATE KEY-----(?:(?:[A-Za-z0-9+/=:,.\s]|-(?!----)|\\[nr]){4,65536}+-----END "
+            r"(?:[A-Z0-9]+ ){0,4}PRIVATE KEY-----|(?:(?:\s|\\[nr]){0,4}[A-Za-z0-9+/=]{16,}){1,2048}+)",
             r"(?!)",
         ),
     )
@@ -270,7 +270,7 @@ def _follows_colour(match: re.Match) -> bool:
 
 
 def _is_whole(match: re.Match) -> bool:
-    """Tell whether a found folder is a whole one: /root must not be found in /mnt/root or /rootfs."""
+    """Tell whether a found folder is a whole one: /home/al is not found in /mnt/home/al or /home/alice."""
     start = match.start()
     return not start or not re.match(r"[\w.~-]", match.string[start - 1]) or _follows_colour(match)
 
