@@ -89,7 +89,20 @@ def test_a_repository_around_the_project_is_not_the_projects(repository, monkeyp
     assert "not a git repository of its own" in facts["missing"]["git_commit"]
 
 
+def test_a_repository_without_a_commit_has_none(repository, monkeypatch):
+    empty = repository.path / "empty"
+    subprocess.run(["git", "init", "-q", empty], check=True)
+    monkeypatch.setattr(provenance, "project_root", lambda: empty)
+    assert "no commit yet" in collect()["missing"]["git_commit"]
+
+
+def test_a_hook_of_another_repository_does_not_change_the_commit(repository, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(project_root() / ".git"))
+    assert collect()["git_commit"] == repository.commit
+
+
 def test_without_git_the_commit_is_null_with_a_reason(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
     monkeypatch.setattr(provenance, "project_root", lambda: tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     facts = collect()

@@ -66,6 +66,7 @@ ENVIRONMENT_PREFIXES = (
 IMAGE_VARIABLE = "AITERLAB_IMAGE"  # set in environments/rocm/Dockerfile: the image that it was built on
 _IMAGE_VERSIONS = Path("/app/versions.txt")  # vLLM's ROCm images: the commits that they were built from
 _LARGEST_UNTRACKED_BYTES = 64 * 2**20  # of larger files that git does not know, name and size are hashed
+_GIT_VARIABLES = ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")
 _NEEDED_FOR_FULL = (
     "git_commit",
     "git_dirty",
@@ -173,10 +174,14 @@ def _git(missing: dict[str, str]) -> dict[str, Any]:
     unknown = {"git_commit": None, "git_dirty": None, "git_diff_sha256": None}
     root = project_root()
     try:
-        top, _, commit = _run_git(root, "rev-parse", "--show-toplevel", "HEAD").decode().strip().rpartition("\n")
-        if Path(top).resolve() != root.resolve():
+        if not (root / ".git").exists():
             raise LookupError("the project is not a git repository of its own")
-        changes = _run_git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--ignore-submodules=none")
+        told = _run_git(root, "status", "--porcelain=v2", "--branch", "-z", "--untracked-files=all", "--no-renames")
+        lines = told.rstrip(b"\0").split(b"\0")
+        commit = next(line.split()[2].decode() for line in lines if line.startswith(b"# branch.oid "))
+        if commit == "(initial)":
+            raise LookupError("the git repository has no commit yet")
+        changes = [line for line in lines if not line.startswith(b"# ")]
         digest = _diff_sha256(root, changes) if changes else None
     except (OSError, LookupError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
@@ -189,11 +194,11 @@ def _git(missing: dict[str, str]) -> dict[str, Any]:
     return {"git_commit": commit, "git_dirty": bool(changes), "git_diff_sha256": digest}
 
 
-def _diff_sha256(root: Path, changes: bytes) -> str:
+def _diff_sha256(root: Path, changes: list[bytes]) -> str:
     """Hash what differs from the commit: git's diff, then name and content of each file that git does not know."""
     # Plumbing, so that nobody's settings for showing differences change the hash.
     digest = hashlib.sha256(_run_git(root, "diff-index", "--patch", "--binary", "--full-index", "--no-renames", "HEAD"))
-    for entry in sorted(entry[3:] for entry in changes.split(b"\0") if entry.startswith(b"?? ")):
+    for entry in sorted(change[2:] for change in changes if change.startswith(b"? ")):
         path = root / os.fsdecode(entry)
         digest.update(entry + b"\0")
         if path.is_symlink():
@@ -209,7 +214,9 @@ def _diff_sha256(root: Path, changes: bytes) -> str:
 def _run_git(root: Path, *arguments: str) -> bytes:
     # Without optional locks: looking must not write the index of a checkout in which someone works.
     command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, timeout=20).stdout
+    # A hook of another repository tells its children which repository is meant.
+    environment = {name: value for name, value in os.environ.items() if name not in _GIT_VARIABLES}
+    return subprocess.run(command, check=True, capture_output=True, timeout=20, env=environment).stdout
 
 
 @cache
