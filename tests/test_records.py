@@ -93,7 +93,7 @@ def test_a_record_says_what_the_notebook_alone_knows(run_dir):
     path = save_record("01_x", {"machine_simulated": True}, parameters={"seed": 7})
     facts = load_record(path)["provenance"]
     assert (facts["seed"], facts["machine_simulated"], facts["attention_backends"]) == (7, True, None)
-    assert facts["missing"]["attention_backends"] and facts["git_commit"]
+    assert facts["missing"]["attention_backends"] and facts["packages_sha256"]
 
 
 def test_half_a_surrogate_pair_does_not_stop_a_write(run_dir, tmp_path):

@@ -2,6 +2,7 @@
 """Containers, workflows and hooks: they parse, name what exists, and agree with environments/ and the Makefile."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from aiterlab import leaks, provenance
+from aiterlab.security import is_secret_name
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, ROCM = ROOT / ".devcontainer/devcontainer.json", ROOT / ".devcontainer/rocm/devcontainer.json"
@@ -136,12 +138,14 @@ def test_the_leaks_command_names_places_and_kinds_and_fails(tmp_path, monkeypatc
     assert leaks.main([str(tmp_path / "nowhere")]) == leaks.BAD_INPUT
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_what_is_committed_leaks_nothing():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     excluded = re.compile(next(hook for hook in hooks if hook["id"] == "leaks")["exclude"])
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
     files = [ROOT / name for name in listed.stdout.split("\0") if name and not excluded.search(name)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "aiterlab.leaks", *files], capture_output=True, text=True, check=False
-    )  # fmt: skip
+    # somebody's secret may be a word that stands there by chance
+    plain = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
+    command = [sys.executable, "-m", "aiterlab.leaks", *files]
+    ended = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, "")
