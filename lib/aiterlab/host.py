@@ -11,6 +11,10 @@ import platform
 import re
 import shutil
 import subprocess
+<<<<<<< HEAD
+=======
+import time
+>>>>>>> prov
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +59,19 @@ def gpus(missing: dict[str, str]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, list) else value for name, value in facts.items()}
 
 
+<<<<<<< HEAD
+=======
+def process_seconds() -> float:
+    """Return the age of this process, by a clock that nobody sets."""
+    try:
+        # Names may hold spaces and brackets; the start, in ticks since the machine's, is the 20th field after them.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError):
+        return time.process_time()
+
+
+>>>>>>> prov
 @cache
 def _gpus(system: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Ask once per process: the answer cannot change, and nvidia-smi takes a while."""

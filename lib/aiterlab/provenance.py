@@ -10,7 +10,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -150,23 +149,13 @@ def missing_for_full(facts: Mapping[str, Any]) -> list[str]:
 
 def _times() -> dict[str, Any]:
     now = datetime.now(UTC)
-    seconds = _process_seconds()
+    seconds = host.process_seconds()
     return {
         "utc": now.isoformat(timespec="seconds"),
         # Counted back from now, so that a clock that was set meanwhile makes no negative times.
         "process_started_utc": (now - timedelta(seconds=seconds)).isoformat(timespec="seconds"),
         "process_seconds": round(seconds, 3),
     }
-
-
-def _process_seconds() -> float:
-    """Return the age of this process, by a clock that nobody sets."""
-    try:
-        # Names may hold spaces and brackets; the start, in ticks since the machine's, is the 20th field after them.
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError):
-        return time.process_time()
 
 
 def _git(missing: dict[str, str]) -> dict[str, Any]:
