@@ -11,10 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
-<<<<<<< HEAD
-=======
 import time
->>>>>>> prov
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,8 +56,6 @@ def gpus(missing: dict[str, str]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, list) else value for name, value in facts.items()}
 
 
-<<<<<<< HEAD
-=======
 def process_seconds() -> float:
     """Return the age of this process, by a clock that nobody sets."""
     try:
@@ -71,7 +66,6 @@ def process_seconds() -> float:
         return time.process_time()
 
 
->>>>>>> prov
 @cache
 def _gpus(system: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Ask once per process: the answer cannot change, and nvidia-smi takes a while."""

@@ -33,7 +33,7 @@ examples:
       --set '01_reproduce_regression.trees=["regressed", "path:/src/vllm"]' \\
       --set 01_reproduce_regression.workers=4
 
-each run leaves results/<run>/{index.html, summary.md, samples.csv, record.schema.json, run.json} and, for each notebook,
+each run leaves results/<run>/{index.html, summary.md, samples.csv, record.schema.json, run.json} and for each notebook
 <notebook>/{report.html, record.json, executed.ipynb, status.json, log.txt, *.png}; results/latest leads to the newest.
 
 a notebook ends as ok, failed, timeout, kernel-died, out-of-memory, skipped, interrupted or setup-failed.
