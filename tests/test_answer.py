@@ -144,6 +144,22 @@ def test_the_suite_is_compared_from_the_same_keys_and_gathering_first_is_left_ou
     assert kernels.loc[("prefill_2x8k", "vllm_triton"), "suite_times"] == pytest.approx(4.0)
 
 
+def test_scores_stand_by_backend_also_where_the_engine_has_one_alone(places):
+    record = made.eagle(made.CPU)
+    for row in record["scores"]:
+        row |= {"engine": row["engine"].replace("SUITE_PAGED", "CPU_ATTN"), "backend": None}
+    made.write(places / "run", record)
+    scores = read()["scores"]
+    assert list(zip(scores["backend"], scores["method"], strict=True)) == [
+        ("vLLM's choice", "vanilla"),
+        ("vLLM's choice", "eagle3"),
+        ("CPU_ATTN", "vanilla"),
+        ("CPU_ATTN", "eagle3"),
+    ]
+    table = shown.matches(scores)
+    assert list(table["backend"]) == ["vLLM's choice", "CPU_ATTN"] and list(table["eagle3"]) == ["0.940 ± 0.020"] * 2
+
+
 def test_time_per_token_is_a_steps_over_its_tokens(reference):
     times = read()["times"]
     row = times[(times["weights"] == "models") & (times["K"] == 2)].iloc[0]
@@ -156,7 +172,7 @@ def test_findings_say_the_numbers_and_the_machine_of_each(reference):
     assert "none of release:0.15.1, hotfixed and release:0.16.0" in told
     assert "8 checks of kernels are right on NVIDIA H200, errors up to 40% of the tolerance" in told
     assert "vanilla's within a standard error in 2 of 2, off by 0.010 at most" in told
-    assert "eagle3 with K = 2 has 2.00 times vanilla's speed on the models that ship (1 x 128)" in told
+    assert "eagle3 with K = 2 has 2.00 times vanilla's speed on the models that ship (1x128)" in told
     assert "1.2 times as fast as FlashAttention, 4 times as fast as vLLM's Triton" in told
     assert findings.panels(read())["backends"].startswith("TRITON_ATTN takes 8.0 times as long a token as SUITE_PAGED")
     assert findings.headline(read()).startswith("On simulated AMD GPUs the fix takes 2 broken cells to 0; on NVIDIA")

@@ -181,7 +181,7 @@ def _fastest(rows: pd.DataFrame, what: str) -> str:
     if rows.empty:
         return ""
     best = rows.loc[rows["speed_up"].astype(float).idxmax()]
-    cell = f"{best['batch']} x {context(best['context'])}"
+    cell = f"{best['batch']}x{context(best['context'])}"
     return f"{best['method']} with K = {best['K']} has {best['speed_up']:.2f} times vanilla's speed on {what} ({cell})"
 
 

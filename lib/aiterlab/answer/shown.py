@@ -39,10 +39,11 @@ def errors(checks: pd.DataFrame) -> pd.DataFrame:
 
 def matches(scores: pd.DataFrame) -> pd.DataFrame:
     """Exact match with its standard error: a line per backend and trial, a column per method."""
-    told = [f"{value:.3f} ± {DASH if pd.isna(error) else f'{error:.3f}'}" for value, error in _pairs(scores)]
+    pairs = zip(scores["value"], scores["stderr"], strict=True)
+    told = [f"{value:.3f} ± {DASH if pd.isna(error) else f'{error:.3f}'}" for value, error in pairs]
     rows = scores.assign(told=told, trial=scores["task"] + ", " + scores["shots"].astype(str) + "-shot")
-    keys = ["machine", "backend", "trial", "samples"]
-    table = rows.pivot_table(index=keys, columns="method", values="told", aggfunc="first", sort=False, dropna=False)
+    rows = rows.drop_duplicates(["machine", "backend", "trial", "method"])
+    table = rows.set_index(["machine", "backend", "trial", "samples", "method"])["told"].unstack(sort=False)
     return _plain(table.rename_axis(columns=None))
 
 
@@ -73,10 +74,6 @@ def fastest(times: pd.DataFrame) -> pd.DataFrame:
             "quiet rounds": [f"{row.quiet_rounds} of {row.rounds}" for row in best.itertuples()],
         }
     ).reset_index(drop=True)
-
-
-def _pairs(scores: pd.DataFrame):
-    return zip(scores["value"], scores["stderr"], strict=True)
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:

@@ -153,11 +153,13 @@ def _eagle(record: dict) -> Frames:
 
 
 def _scores(rows: list[dict]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=[*COLUMNS["scores"], "metric"])
-    table = table[table["metric"] == "exact_match"].drop(columns="metric")
+    table = pd.DataFrame(rows, columns=["engine", *COLUMNS["scores"], "metric"])
+    # The name of the engine: vLLM's CPU engine has one backend alone, and is not told by name to use it.
+    asked = table["engine"].astype(str).str.replace(r"^\S+( K=\d+)?\s*", "", regex=True)
+    table["backend"] = table["backend"].fillna(asked.where(asked != "", spec_decode.OWN_BACKEND))
+    table = table[table["metric"] == "exact_match"]
     # A harness may read the same answers by several filters; the page has room for one.
-    first = table.groupby("task")["filter"].transform("min")
-    return table[table["filter"] == first].assign(backend=table["backend"].fillna(spec_decode.OWN_BACKEND))
+    return table[table["filter"] == table.groupby("task")["filter"].transform("min")][COLUMNS["scores"]]
 
 
 def _times(rows: list[dict]) -> pd.DataFrame:

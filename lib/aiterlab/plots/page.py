@@ -114,14 +114,15 @@ def _breadth(text: str, weight: str) -> float:
 
 
 def publish(fig: Figure, stem: str, name: str) -> list[str]:
-    """Write `fig` as PDF and SVG, for papers and slides, beside the record of notebook `stem`; returns their names.
+    """Write `fig` as PNG, PDF and SVG beside the record of notebook `stem`; returns the names of the files.
 
     A page keeps its size. The same figure gives the same bytes, and a reader sees an old file or a whole new one.
     """
     written = []
-    with plt.rc_context({"svg.hashsalt": stem, "pdf.fonttype": 42, "svg.fonttype": "path"}):
-        for kind, dated in (("pdf", "CreationDate"), ("svg", "Date")):
+    with plt.rc_context({"svg.hashsalt": stem, "pdf.fonttype": 42}):
+        for kind, undated in (("png", {}), ("pdf", {"CreationDate": None}), ("svg", {"Date": None})):
             data = io.BytesIO()
-            fig.savefig(data, format=kind, facecolor="white", metadata={dated: None})
+            fig.savefig(data, format=kind, facecolor="white", metadata=undated)
             written.append(records.atomic_write_bytes(paths.output_dir(stem) / f"{name}.{kind}", data.getvalue()).name)
+    plt.close(fig)  # the notebook shows it once, where it says so
     return written
