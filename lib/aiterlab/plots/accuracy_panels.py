@@ -45,7 +45,7 @@ def error(ax: Axes, checks: pd.DataFrame, absent: pd.DataFrame) -> None:
         largest = rows["error_over_tolerance"].astype(float).max()
         told = ("—" if np.isnan(largest) else f"{largest:.0%}") + f" ({len(rows)})"
         ax.annotate(told, (1.03, y), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, color=INK)
-    grouped(ax, [(provider, SHORT.get(dtype, "")) for provider, dtype in lines], PROVIDERS)
+    _grouped(ax, [(provider, SHORT.get(dtype, "")) for provider, dtype in lines], PROVIDERS)
     ax.set(xscale="log", xlim=(LEAST * 0.8, MOST), ylim=(len(lines) - 0.4, -0.6))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
     ax.set_xlabel("error against float64 / tolerance   (left edge: exact)", fontsize=TEXT, labelpad=1)
@@ -56,7 +56,7 @@ def error(ax: Axes, checks: pd.DataFrame, absent: pd.DataFrame) -> None:
     machine_key(ax, machines)
 
 
-def grouped(ax: Axes, lines: list[tuple[str, str]], colours: Mapping[str, str]) -> None:
+def _grouped(ax: Axes, lines: list[tuple[str, str]], colours: Mapping[str, str]) -> None:
     """Name the lines of a panel: what differs within a group at the axis, the group's name beside it."""
     ax.set_yticks(range(len(lines)), [name for _, name in lines], fontsize=SMALL)
     for group in dict.fromkeys(group for group, _ in lines):
@@ -80,36 +80,30 @@ def _shares(ax: Axes, y: float, rows: pd.DataFrame, colour: str, hollow: bool) -
 
 
 def match(ax: Axes, scores: pd.DataFrame) -> None:
-    """Exact match with its standard error: a line per machine, backend and trial; vanilla above its drafts."""
+    """Exact match with its standard error: a line per machine and backend, its trials one below the other."""
     if scores.empty:
         blank(ax)
         return
-    first, keys = scores["machine"].iloc[0], ["machine", "backend", "task", "shots"]
-    order = {name: list(scores[name].unique()) for name in keys}
-    lines = sorted(
-        scores.groupby(keys, sort=False),
-        key=lambda line: [order[name].index(one) for name, one in zip(keys, line[0], strict=True)],
-    )
-    low = 1.0
-    for y, ((_, backend, _, _), rows) in enumerate(lines):
+    low, first = 1.0, scores["machine"].iloc[0]
+    names = []
+    for y, ((machine, backend), rows) in enumerate(scores.groupby(["machine", "backend"], sort=False)):
         colour = PROVIDERS.get(BACKENDS.get(backend), INK)
-        for place, row in enumerate(rows.itertuples()):
-            at = y + 0.34 * (place - (len(rows) - 1) / 2)
+        names.append((backend if machine == first else f"{short(machine)} {backend}", colour))
+        heights = np.linspace(-0.3, 0.3, len(rows)) if len(rows) > 1 else [0.0]
+        for at, row in zip(y + np.array(heights), rows.sort_values("shots", kind="stable").itertuples(), strict=True):
             spread = 0.0 if pd.isna(row.stderr) else row.stderr
             low = min(low, row.value - spread)
             ax.plot([row.value - spread, row.value + spread], [at, at], color=colour, linewidth=1.1, zorder=2)
-            ax.scatter(row.value, at, s=15, marker=MARKERS.get(row.method, "o"), zorder=3, edgecolor=colour,
+            ax.scatter(row.value, at, s=12, marker=MARKERS.get(row.method, "o"), zorder=3, edgecolor=colour,
                        linewidth=0.9, facecolor="white" if row.method == "vanilla" else colour)  # fmt: skip
         ax.annotate(f"n = {rows['samples'].max():.0f}", (1.03, y), xycoords=("axes fraction", "data"), va="center",
                     fontsize=SMALL, color=FAINT)  # fmt: skip
-    named, colours = [], {}
-    for (machine, backend, _, shots), _ in lines:
-        group = backend if machine == first else f"{short(machine)}\n{backend}"
-        named.append((group, f"{shots}-shot"))
-        colours[group] = PROVIDERS.get(BACKENDS.get(backend), INK)
-    grouped(ax, named, colours)
-    ax.set(xlim=(max(0.0, low - 0.01), 1.002), ylim=(len(lines) - 0.4, -0.6))
-    ax.set_xlabel(f"exact match, {scores['task'].iloc[0]}", fontsize=TEXT, labelpad=1)
+    ax.set_yticks(range(len(names)), [name for name, _ in names], fontsize=SMALL, fontweight="bold")
+    for label, (_, colour) in zip(ax.get_yticklabels(), names, strict=True):
+        label.set_color(colour)
+    ax.set(xlim=(max(0.0, low - 0.01), 1.002), ylim=(len(names) - 0.5, -0.5))
+    trials = ", then ".join(f"{shots}-shot" for shots in sorted(scores["shots"].unique()))
+    ax.set_xlabel(f"exact match, {scores['task'].iloc[0]} ({trials})", fontsize=TEXT, labelpad=1)
 
 
 def short(machine: str) -> str:
