@@ -93,8 +93,11 @@ def append_line(path: Path | str, row: Mapping[str, Any]) -> None:
 
 
 def atomic_write_text(path: Path | str, text: str) -> Path:
-    """Write text so that a reader sees the old file or the whole new one; creates the folder."""
-    return atomic_write_bytes(path, text.encode("utf-8"))
+    """Write text so that a reader sees the old file or the whole new one; creates the folder.
+
+    Half of a surrogate pair, which UTF-8 cannot hold, is written as its escape; in JSON that reads back as it was.
+    """
+    return atomic_write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> Path:
