@@ -24,18 +24,21 @@ class TruthfulManager(NotebookExecutionManager):
         super().__init__(nb, progress_bar=False)
         self.watch = watch
         self.folder = folder
-        self._began = self._cell_began = self._saved = monotonic()
+        self._began = self._cell_began = monotonic()
+        self._next_save = self._began + _SAVE_INTERVAL_S
         self._unsaved = False
 
     def save(self, **_: Any) -> None:
         """Write notebook and status as they stand, so that a long run can be looked into and a killed one is kept."""
         self._unsaved = True
-        if monotonic() - self._saved >= _SAVE_INTERVAL_S:
+        began = monotonic()
+        if began >= self._next_save:
             with contextlib.suppress(OSError):  # a disk that is full now may have room at the end, which is what counts
                 write_executed(self.nb, self.folder / EXECUTED_NAME)
                 self.watch.status.save(self.folder)
-            self._saved = monotonic()
             self._unsaved = False
+            # Saving what is large takes long; it must not become what the run does most of the time.
+            self._next_save = monotonic() + max(_SAVE_INTERVAL_S, 5 * (monotonic() - began))
 
     async def keep_saving(self) -> None:
         """Save what `save` has put off, from time to time, until cancelled."""

@@ -12,10 +12,10 @@ import nbformat
 
 from aiterlab.provenance import scrub_tree
 from aiterlab.records import atomic_write_text
+from aiterlab.suite.streams import shorten
 
 EXECUTED_NAME = "executed.ipynb"
 LIMIT_BYTES = 1_000_000
-LONGEST_STREAM_CHARACTERS = 20_000
 
 
 def publishable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -25,7 +25,7 @@ def publishable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell, original in zip(copy.cells, notebook.cells, strict=True):
         for output, before in zip(cell.get("outputs", []), original.get("outputs", []), strict=True):
             if output.output_type == "stream":
-                output.text = _shorten(output.text)
+                output.text = shorten(output.text)
             for kind, data in before.get("data", {}).items():
                 # Encoded pixels hold no paths; a chance match in them would spoil the picture.
                 if kind.startswith("image/") and kind != "image/svg+xml":
@@ -51,11 +51,3 @@ def _outputs(notebook: nbformat.NotebookNode) -> Iterator[tuple[nbformat.Noteboo
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             yield cell, output
-
-
-def _shorten(text: str) -> str:
-    left_out = len(text) - LONGEST_STREAM_CHARACTERS
-    if left_out <= 0:
-        return text
-    half = LONGEST_STREAM_CHARACTERS // 2
-    return f"{text[:half]}\n... {left_out} characters left out; all of it is in log.txt ...\n{text[-half:]}"

@@ -34,6 +34,7 @@ from aiterlab.suite.executed import EXECUTED_NAME, publishable, write_executed
 from aiterlab.suite.job import Job
 from aiterlab.suite.log import CappedLog
 from aiterlab.suite.parameters import ParameterError, load_notebook
+from aiterlab.suite.streams import Streams
 from aiterlab.suite.watch import Stopped, Watch
 
 ENGINE_NAME = "aiterlab"
@@ -97,7 +98,7 @@ class WatchedClient(PapermillNotebookClient):
     def __init__(self, manager: TruthfulManager, log: CappedLog, **options: Any):
         super().__init__(manager, stdout_file=log, stderr_file=log, **options)
         self.watch = manager.watch
-        self._output_bytes = 0
+        self._output_bytes, self._streams = 0, Streams()
 
     def create_kernel_manager(self) -> KernelManager:
         """Connect through sockets in a folder: a free port may be taken a moment later, and anyone can listen."""
@@ -142,14 +143,17 @@ class WatchedClient(PapermillNotebookClient):
         content = msg["content"]
         self._output_bytes += len(content.get("text", "")) + sum(map(len, map(str, content.get("data", {}).values())))
         if self._output_bytes <= OUTPUT_LIMIT_BYTES:
-            return super().output(outs, msg, display_id, cell_index)
+            output = super().output(outs, msg, display_id, cell_index)
+            if output is not None and output.output_type == "stream" and outs and outs[-1] is output:
+                self._streams.add(outs)
+            return output
         limit = f"more than {OUTPUT_LIMIT_BYTES / 1e6:.0f} MB of output in one cell"
         self.watch.stop(status.FAILED, f"{limit}; write what is large to a file of its own")
         return None
 
     def _execute_code(self, cell: nbformat.NotebookNode, index: int, cell_status: status.CellStatus) -> None:
         self.stdout_file.write(f"\n=== [{cell_status.number}] {cell_status.title}\n")
-        self._output_bytes = 0
+        self._output_bytes, self._streams = 0, Streams()
         try:
             self.execute_cell(cell, index)
             if self._output_bytes > OUTPUT_LIMIT_BYTES:  # though it came to its end before it was stopped
