@@ -2,22 +2,27 @@
 """The command line of `run_all.py`: check everything first, run, say how it ended, and answer with an exit code."""
 
 import argparse
+import contextlib
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
+from typing import IO
 
 from aiterlab import paths, provenance, security
-from aiterlab.suite import bundle, compare, console, environment, pages, runs, status
+from aiterlab.suite import bundle, compare, console, environment, pages, room, runs, status
 from aiterlab.suite.parameter_file import read_parameter_file
 from aiterlab.suite.parameters import ParameterError
 from aiterlab.suite.runs import Row
 
 PROFILES = ("smoke", "standard", "full")
 DEFAULT_PROFILE = "standard"
+_ROOM_BYTES = 1_000_000  # run.json, and what sums the run up
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 EPILOG = """\
@@ -53,6 +58,7 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
     if argv[:1] == ["compare"]:
         return compare.main(argv[1:])
     options = _parser().parse_args(argv)
+    console.prepare()
     results = options.results or paths.results_dir()
     only = [stem.strip() for names in options.only for stem in names.split(",") if stem.strip()]
     try:
@@ -74,14 +80,16 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
         if asked["profile"] == "full" and (missing := provenance.missing_for_full(provenance.collect())):
             raise ParameterError(f"profile full: a number without its origin is none; missing: {'; '.join(missing)}")
         run = replace(run or runs.new_run(results, asked["profile"]), **asked)
-        with runs.held(run):
-            return _run(plans, run, options)
+        with runs.held(run), _terminable(), room.reserved(run.folder, _ROOM_BYTES) as held:
+            return _run(plans, run, options, held)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except (ParameterError, OSError) as error:
         print(f"run_all.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 
-def _run(plans: Sequence[runs.Plan], run: runs.Run, options: argparse.Namespace) -> int:
+def _run(plans: Sequence[runs.Plan], run: runs.Run, options: argparse.Namespace, held: IO[bytes]) -> int:
     began = monotonic()
     run.save(plans, status.INTERRUPTED, None, None)
     runs.point_latest(run.folder)
@@ -97,14 +105,36 @@ def _run(plans: Sequence[runs.Plan], run: runs.Run, options: argparse.Namespace)
     else:
         exit_code = EXIT_OK if all(outcome.ok for outcome in outcomes) else EXIT_FAILED
         ending = status.FAILED if exit_code else status.OK
-    run.save(plans, ending, exit_code, round(monotonic() - began, 3))
+    held.close()
+    try:
+        run.save(plans, ending, exit_code, round(monotonic() - began, 3))
+    except OSError as error:
+        say(f"run.json cannot be written: {error}")
+        exit_code = exit_code or EXIT_FAILED
     console.print_table(plans, outcomes, run.folder)
-    bundle.write_bundle(run.folder)
-    say(os.path.relpath(run.folder / pages.INDEX_NAME))
+    try:
+        bundle.write_bundle(run.folder)
+        say(os.path.relpath(run.folder / pages.INDEX_NAME))
+    except OSError as error:
+        say(f"the index cannot be written: {error}")
+        exit_code = exit_code or EXIT_FAILED
     leaks = security.scan_folder(run.folder)
     for leak in leaks:
         say(f"do not show this around: {leak}")
     return exit_code or (EXIT_FAILED if leaks else EXIT_OK)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM mean what Ctrl-C means, also while there is no notebook yet to pass it on to."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _budgeted(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:

@@ -2,6 +2,7 @@
 """What `run_all.py` prints: what there is to run, and how each notebook ended."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,26 @@ from aiterlab.suite.report import REPORT_NAME
 from aiterlab.suite.runs import Plan
 
 
+def prepare() -> None:
+    """Make printing safe: a stream that is closed leads nowhere, a character that it cannot show is escaped."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # or the next file that is opened would get the number, and be printed into
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say(line: str) -> None:
-    """Print one line of progress at once, also into a pipe."""
-    print(line, flush=True)
+    """Print one line of progress at once, also into a pipe; the run outlives whoever reads it."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def print_list(plans: Sequence[Plan]) -> None:
@@ -43,4 +61,6 @@ def print_table(plans: Sequence[Plan], outcomes: Sequence[status.NotebookStatus]
     console = Console(markup=False, highlight=False)
     # A file or a pipe has no width; paths must stay whole there.
     console.width = console.width if console.is_terminal else 200
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    say(captured.get())

@@ -17,10 +17,10 @@ from nbformat import NotebookNode
 
 from aiterlab.records import atomic_write_text
 from aiterlab.security import scrub_tree
+from aiterlab.suite.streams import LONGEST_CHARACTERS, shorten
 
 EXECUTED_NAME = "executed.ipynb"
 LIMIT_BYTES = 1_000_000
-LONGEST_TEXT_CHARACTERS = 20_000
 MOST_OUTPUTS = 200  # of one cell
 _SHORT_BYTES = 200  # about what a note takes that stands for an output
 # What is shown somewhere. Scripts, widgets and what nobody knows stay out.
@@ -91,7 +91,7 @@ def _fit_data(mime: Any, value: Any) -> Any:
     """Return one form of an output, or None for one that is not shown anywhere or does not hold what it says."""
     if mime == _JSON:
         value = _finite(scrub_tree(value))
-        return value if len(json.dumps(value, default=str)) <= LONGEST_TEXT_CHARACTERS else None
+        return value if len(json.dumps(value, default=str)) <= LONGEST_CHARACTERS else None
     text = "".join(map(str, value)) if isinstance(value, list) else value
     if not isinstance(text, str):
         return None
@@ -106,13 +106,8 @@ def _fit_data(mime: Any, value: Any) -> Any:
 def _text(value: Any) -> str:
     """Return scrubbed text, its middle left out where it is long."""
     text = "".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-    left_out = len(text) - LONGEST_TEXT_CHARACTERS
-    if left_out > 0:
-        half = LONGEST_TEXT_CHARACTERS // 2
-        # Scrubbed before it is cut: half a token is not recognized any more.
-        text = scrub_tree(text)
-        return f"{text[:half]}\n... {left_out} characters left out; all of it is in log.txt ...\n{text[-half:]}"
-    return scrub_tree(text)
+    # Scrubbed before it is cut: half a token is not recognized any more.
+    return shorten(scrub_tree(text))
 
 
 def _finite(value: Any) -> Any:

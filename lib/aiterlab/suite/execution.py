@@ -6,11 +6,11 @@ cells completed, and it writes the notebook in place. Here each cell is marked a
 failed, stopped or dead run leaves the same files as a good one.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,23 +22,26 @@ import nbformat
 import papermill
 from jupyter_client.manager import KernelManager
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.util import run_sync
 from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
+from papermill.engines import NBClientEngine, papermill_engines
 
 from aiterlab import provenance, records
 from aiterlab.paths import RUN_DIR_VARIABLE, STARTED_IN_VARIABLE
-from aiterlab.suite import report, room, status, warm
+from aiterlab.suite import packing, report, room, status, warm
+from aiterlab.suite.bookkeeping import TruthfulManager, settle_cells
 from aiterlab.suite.executed import EXECUTED_NAME, publishable, write_executed
 from aiterlab.suite.job import Job
 from aiterlab.suite.log import CappedLog
 from aiterlab.suite.parameters import ParameterError, load_notebook
-from aiterlab.suite.watch import Watch
+from aiterlab.suite.streams import Streams
+from aiterlab.suite.watch import Stopped, Watch
 
 ENGINE_NAME = "aiterlab"
 KERNEL_NAME = "python3"
 LOG_NAME = "log.txt"
 OUTPUT_LIMIT_BYTES = 64_000_000  # of one cell; more fills the memory of the kernel, of this process and of readers
-_SAVE_INTERVAL_S = 2.0
+_NEVER_S = 10**9
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")  # Python's; torch's on a GPU
 
@@ -63,7 +66,10 @@ def run_notebook(
     notebook = load_notebook(job.notebook)
     watch = Watch(outcome, job.budget_s, job.heartbeat_s, say, job.cell_budget_s)
 
+    held = contextlib.ExitStack()
+
     def give_up() -> None:
+        held.close()
         outcome.end(watch.stop_status, watch.stop_reason)
         outcome.seconds = round(monotonic() - began, 3)
         write_results(job, watch.notebook or notebook, outcome)
@@ -72,7 +78,8 @@ def run_notebook(
     watch.stuck = give_up if own_process else None
     with watch.signals():
         try:
-            with room.reserved(job.folder):
+            with held:
+                held.enter_context(room.reserved(job.folder))
                 outcome.save(job.folder)
                 with CappedLog(job.folder / LOG_NAME) as log, watch:
                     _execute(job, notebook, watch, log, kernel)
@@ -85,38 +92,13 @@ def run_notebook(
     return outcome
 
 
-class TruthfulManager(NotebookExecutionManager):
-    """papermill's bookkeeping, except that what did not run is said not to have run, and writing is atomic."""
-
-    def __init__(self, nb: nbformat.NotebookNode, watch: Watch, folder: Path):
-        super().__init__(nb, progress_bar=False)
-        self.watch = watch
-        self.folder = folder
-        self._saved = monotonic()
-
-    def save(self, **_: Any) -> None:
-        """Write notebook and status as they stand, so that a long run can be looked into and a killed one is kept."""
-        if monotonic() - self._saved >= _SAVE_INTERVAL_S:
-            with contextlib.suppress(OSError):  # a disk that is full now may have room at the end, which is what counts
-                write_executed(self.nb, self.folder / EXECUTED_NAME)
-                self.watch.status.save(self.folder)
-            self._saved = monotonic()
-
-    def notebook_complete(self, **options: Any) -> None:
-        """Finish the metadata; papermill would call every pending cell completed."""
-        for cell in self.nb.cells:
-            if cell.metadata.papermill["status"] == self.PENDING:
-                cell.metadata.papermill["status"] = status.CELL_NOT_RUN
-        super().notebook_complete(**options)
-
-
 class WatchedClient(PapermillNotebookClient):
     """papermill's client, reporting each cell to the watch and raising whatever ends the run."""
 
     def __init__(self, manager: TruthfulManager, log: CappedLog, **options: Any):
         super().__init__(manager, stdout_file=log, stderr_file=log, **options)
         self.watch = manager.watch
-        self._output_bytes = 0
+        self._output_bytes, self._streams = 0, Streams()
 
     def create_kernel_manager(self) -> KernelManager:
         """Connect through sockets in a folder: a free port may be taken a moment later, and anyone can listen."""
@@ -133,6 +115,7 @@ class WatchedClient(PapermillNotebookClient):
 
     def papermill_execute_cells(self) -> None:
         """Execute the cells one by one until one of them ends the run."""
+        self.watch.kernel_ready()
         statuses = iter(self.watch.status.cells)
         for index, cell in enumerate(self.nb.cells):
             cell_status = next(statuses) if cell.cell_type == "code" and cell.source.strip() else None
@@ -145,21 +128,36 @@ class WatchedClient(PapermillNotebookClient):
             finally:
                 self.nb_man.cell_complete(cell, cell_index=index)
 
+    async def async_execute_cell(self, cell: nbformat.NotebookNode, cell_index: int, **options: Any) -> Any:
+        """Execute a cell, and save what there is also while it says nothing for long."""
+        saving = asyncio.ensure_future(self.nb_man.keep_saving())
+        try:
+            return await super().async_execute_cell(cell, cell_index, **options)
+        finally:
+            saving.cancel()
+
+    execute_cell = run_sync(async_execute_cell)
+
     def output(self, outs: list, msg: dict, display_id: str | None, cell_index: int) -> nbformat.NotebookNode | None:
         """Keep an output, unless its cell has written more than anyone can use: that ends the run."""
         content = msg["content"]
         self._output_bytes += len(content.get("text", "")) + sum(map(len, map(str, content.get("data", {}).values())))
         if self._output_bytes <= OUTPUT_LIMIT_BYTES:
-            return super().output(outs, msg, display_id, cell_index)
+            output = super().output(outs, msg, display_id, cell_index)
+            if output is not None and output.output_type == "stream" and outs and outs[-1] is output:
+                self._streams.add(outs)
+            return output
         limit = f"more than {OUTPUT_LIMIT_BYTES / 1e6:.0f} MB of output in one cell"
         self.watch.stop(status.FAILED, f"{limit}; write what is large to a file of its own")
         return None
 
     def _execute_code(self, cell: nbformat.NotebookNode, index: int, cell_status: status.CellStatus) -> None:
         self.stdout_file.write(f"\n=== [{cell_status.number}] {cell_status.title}\n")
-        self._output_bytes = 0
+        self._output_bytes, self._streams = 0, Streams()
         try:
             self.execute_cell(cell, index)
+            if self._output_bytes > OUTPUT_LIMIT_BYTES:  # though it came to its end before it was stopped
+                raise Stopped
         except BaseException as error:
             if isinstance(error, DeadKernelError):
                 error.args = (self._last_words(),)
@@ -182,7 +180,7 @@ class WatchedClient(PapermillNotebookClient):
             return "the kernel died"
         if code >= 0:
             return f"the kernel ended with exit code {code}"
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        name = status.signal_name(-code)
         return f"the kernel was killed by {name}" + ("; out of memory is the usual reason" if name == "SIGKILL" else "")
 
 
@@ -214,12 +212,15 @@ class AiterlabEngine(NBClientEngine):
             log,
             kernel_name=kernel_name,
             log_output=False,
-            startup_timeout=120,
+            startup_timeout=_NEVER_S,  # jupyter_client looks at the time of day; the watch has a clock that nobody sets
             # After its reply a busy kernel may need a while to deliver its output; the default is four seconds.
             iopub_timeout=60,
             coalesce_streams=True,
             # A crash in native code then leaves its stack in the log; the kernel's stderr is a pipe that dies with it.
-            extra_arguments=[f"--IPKernelApp.exec_lines=__import__('faulthandler').enable({log.descriptor})"],
+            extra_arguments=[
+                f"--IPKernelApp.exec_lines=__import__('faulthandler').enable({log.descriptor})",
+                f"--Session.packer={packing.__name__}.{packing.pack.__name__}",
+            ],
             store_widget_state=False,
         )
         try:
@@ -338,6 +339,7 @@ def write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.Not
     outcome.cells = outcome.cells or status.list_cells(notebook)
     outcome.finding = _finding(job.folder / records.RECORD_NAME)
     outcome.stamp(notebook)
+    settle_cells(notebook)
     log = job.folder / LOG_NAME
     for what, write in (
         ("log", lambda: records.atomic_write_text(log, scrubbed_log(log))),

@@ -3,25 +3,24 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-RESERVE_NAME = ".reserve"
 RESERVE_BYTES = 8_000_000  # an executed copy, a report with its figures, a status
 
 
 @contextlib.contextmanager
-def reserved(folder: Path) -> Iterator[None]:
-    """Hold a file of the size that the end needs, and give it up when the block is left.
+def reserved(folder: Path, size_bytes: int = RESERVE_BYTES) -> Iterator[IO[bytes]]:
+    """Hold a file of the size that the end needs until the block is left or the file is closed.
+
+    It has no name, so that a process that is killed leaves nothing.
 
     Raises:
         OSError: there is no room now, so nothing should be begun.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    reserve = folder / RESERVE_NAME
-    try:
-        with open(reserve, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
-        yield
-    finally:
-        reserve.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size_bytes)
+        yield file

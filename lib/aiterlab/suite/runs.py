@@ -6,7 +6,6 @@ hour that the first ones take.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aiterlab import provenance, records
-from aiterlab.suite import gpus, resume, schedule, status, warm, worker
+from aiterlab.suite import gpus, hold, resume, schedule, status, warm, worker
 from aiterlab.suite.job import Job
 from aiterlab.suite.parameters import (
     Parameter,
@@ -159,15 +158,12 @@ def old_run(results: Path, name: str) -> Run:
 @contextlib.contextmanager
 def held(run: Run) -> Iterator[None]:
     """Keep a second runner out of the folder; raises ParameterError where one is at work in it."""
-    with open(run.folder / ".lock", "a") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(hold.alone(run.folder))
         except BlockingIOError:
             raise ParameterError(f"{run.folder}: another run_all.py is at work in this run; wait for its end") from None
-        try:
-            yield
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
+        yield
 
 
 def point_latest(run_dir: Path) -> None:

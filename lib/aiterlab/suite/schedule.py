@@ -7,6 +7,7 @@ missing. One that measures time runs alone.
 
 import contextlib
 import select
+import shutil
 import signal
 import threading
 import time
@@ -144,7 +145,11 @@ class Graph:
         prepared = node.prepare(node.job, self.ended)
         if isinstance(prepared, status.NotebookStatus):
             return prepared
-        self._running[node.job.stem] = self.start(prepared)
+        # What an earlier run has left is no result of this one.
+        shutil.rmtree(node.job.folder, ignore_errors=True)
+        self._running[node.job.stem] = worker = self.start(prepared)
+        if self._interrupts:  # the signal came before it could be passed on
+            worker.signal(signal.SIGTERM)
         return None
 
     def _wait(self) -> list[Running]:
@@ -168,16 +173,8 @@ class Graph:
         """Return how it ended, which its own status does not know if its process was killed."""
         worker.close()
         self._end_orphans()
-        ending = status.NotebookStatus.load(worker.job.folder)
-        if ending is not None and ending.ended_utc is not None:
-            return ending
-        ending = ending or status.of(worker.job)
-        code = worker.ended()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"over with exit code {code}"
         word = status.INTERRUPTED if self._interrupts else status.FAILED
-        ending.end(word, f"the process that ran the notebook was {how}")
-        self.account(worker.job, ending)
-        return ending
+        return status.settle(worker.job, worker.ended(), word, self.account)
 
     def _end(self, ending: status.NotebookStatus) -> status.NotebookStatus:
         self.ended[ending.stem] = ending

@@ -7,13 +7,16 @@ own: they go into `status.json`, into the executed notebook's metadata, and from
 
 import json
 import re
+import signal
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from pydantic import TypeAdapter
 
 from aiterlab.provenance import scrub_tree
 from aiterlab.records import atomic_write_text, dump_json
@@ -81,6 +84,9 @@ class NotebookStatus:
     def end(self, status: str, reason: str | None = None) -> None:
         """Settle the final status; `reason` is cut to its first line, the rest is in the log and the notebook."""
         self.status = status
+        for cell in self.cells:
+            if cell.status == INTERRUPTED:  # it was running
+                cell.status, self.error_cell = status, cell.number
         self.reason = textwrap.shorten(first_line(reason), LONGEST_REASON, placeholder=" ...") if reason else None
         self.ended_utc = utc_now()
 
@@ -92,9 +98,8 @@ class NotebookStatus:
     def load(cls, folder: Path) -> "NotebookStatus | None":
         """Read `status.json` back; None where there is none that this version can read."""
         try:
-            saved = json.loads((folder / STATUS_NAME).read_text(encoding="utf-8"))
-            return cls(**{**saved, "cells": [CellStatus(**cell) for cell in saved["cells"]]})
-        except (OSError, ValueError, TypeError, KeyError):
+            return _SAVED.validate_python(json.loads((folder / STATUS_NAME).read_bytes()))
+        except (OSError, ValueError, RecursionError):
             return None
 
     def stamp(self, notebook: nbformat.NotebookNode) -> None:
@@ -102,6 +107,9 @@ class NotebookStatus:
         notebook.metadata[METADATA_KEY] = {key: value for key, value in asdict(self).items() if key != "cells"}
         for cell, status in zip(code_cells(notebook), self.cells, strict=True):
             cell.metadata[METADATA_KEY] = asdict(status)
+
+
+_SAVED = TypeAdapter(NotebookStatus)
 
 
 def of(job: Job) -> NotebookStatus:
@@ -115,6 +123,31 @@ def of(job: Job) -> NotebookStatus:
         provenance=dict(job.provenance),
         key=dict(job.key) if job.key is not None else None,
     )
+
+
+def settle(job: Job, exit_code: int, word: str, account: Callable[[Job, NotebookStatus], None]) -> NotebookStatus:
+    """Return how a notebook ended whose process is over.
+
+    Args:
+        job: the notebook.
+        exit_code: of the process, negative for a signal.
+        word: the status where the process was killed before it could write one.
+        account: writes the notebook's folder in that case.
+    """
+    ending = NotebookStatus.load(job.folder) or of(job)
+    if ending.ended_utc is None:
+        how = f"killed by {signal_name(-exit_code)}" if exit_code < 0 else f"over with exit code {exit_code}"
+        ending.end(word, f"the process that ran the notebook was {how}")
+        try:
+            account(job, ending)
+        except OSError as error:  # as on a full disk; whoever asked knows now
+            ending.end(word, f"{ending.reason}, and its folder cannot be written: {error}")
+    return ending
+
+
+def signal_name(number: int) -> str:
+    """Return what people call a signal."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def utc_now() -> str:

@@ -21,6 +21,7 @@ from aiterlab.suite import status as words
 
 GRACE_S = 5.0
 _STUCK_S = 30.0
+_STARTUP_S = 120.0
 _FAREWELL_S = 1.0  # for processes that are ending by themselves, as multiprocessing's tracker does
 _MEMORY_INTERVAL_S = 5.0
 _INTERRUPT_INTERVAL_S = 1.0  # a kernel ignores an interrupt that comes between two cells
@@ -59,6 +60,7 @@ class Watch:
         self._cell_began = 0.0
         self._next_beat = 0.0
         self._kernel: psutil.Process | None = None
+        self._kernel_answers = False
         self._spared: set[psutil.Process] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"watch {status.stem}", daemon=True)
@@ -83,10 +85,11 @@ class Watch:
         """Take charge of a kernel's process."""
         # psutil remembers the start time, so that a reused process id is never signalled.
         self._kernel = psutil.Process(pid)
+        self._spared.discard(self._kernel)  # one that was forked to become the kernel was there before the watch
 
-    def spare(self, pid: int) -> None:
-        """Leave one process of the runner's own alone."""
-        self._spared.add(psutil.Process(pid))
+    def kernel_ready(self) -> None:
+        """Note that the kernel has answered."""
+        self._kernel_answers = True
 
     def cell_started(self, cell: words.CellStatus) -> None:
         """Begin a cell, unless the run was stopped before it."""
@@ -94,6 +97,7 @@ class Watch:
             raise Stopped
         self._cell_began = time.monotonic()
         self._next_beat = self._cell_began + self.heartbeat_s
+        cell.status = words.INTERRUPTED  # like the notebook: true, should nobody be left to correct it
         self._cell = cell
 
     def cell_ended(self, cell: words.CellStatus, status: str) -> None:
@@ -165,6 +169,8 @@ class Watch:
                 self.say(f"{self._label(cell)}  still running, {now - self._cell_began:.0f} s")
 
     def _hold_to_budgets(self, now: float) -> None:
+        if not self._kernel_answers and now - self._began > _STARTUP_S:
+            self.stop(words.SETUP_FAILED, f"the kernel did not answer within {_STARTUP_S:.0f} s")
         if now - self._began > self.budget_s:
             self.stop(words.TIMEOUT, f"stopped after its budget of {self.budget_s:.0f} s")
         cell = self._cell

@@ -3,6 +3,9 @@
 
 `fork` makes one from a runner that has preloaded what notebooks need; `spawn` starts a new interpreter, run as
 `python -m aiterlab.suite.worker` with the job on standard input.
+
+It is two processes: a keeper that waits, and its child that runs the notebook. Whichever of runner, keeper and child is
+killed, another one is there to end what it had started and to write down how the notebook ended.
 """
 
 import contextlib
@@ -12,11 +15,15 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from aiterlab.suite import family
+from aiterlab.suite import family, hold
 from aiterlab.suite.job import Job
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -46,8 +53,9 @@ class Worker:
 
     def signal(self, number: int) -> None:
         """Send a signal, if it is still there."""
-        if self.ended() is None:
-            os.kill(self.pid, number)
+        if self._exit_code is None:  # not asked again: this is called between any two steps of `ended`
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def close(self) -> None:
         """Let go of the pipe."""
@@ -58,28 +66,16 @@ def fork(job: Job) -> Worker:
     """Start a notebook in a child of this process, which must have no threads and no GPU."""
     read, write = os.pipe()
     parent = os.getpid()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        os.close(write)
-        os.set_blocking(read, False)
-        return Worker(job, pid, read)
-    exit_code = 1
-    try:
-        os.close(read)
-        os.setsid()  # Ctrl-C reaches the runner alone, which ends its workers in order
-        for number in (1, 2):
-            os.dup2(write, number)
-        _run(job, parent, forked=True)
-        exit_code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(exit_code)
+    with contextlib.suppress(OSError, AttributeError):  # or the child would write what is buffered once more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    with _signals_blocked():
+        pid = os.fork()
+        if pid == 0:
+            _keep(job, parent, write)
+    os.close(write)
+    os.set_blocking(read, False)
+    return Worker(job, pid, read)
 
 
 def spawn(job: Job) -> Worker:
@@ -104,21 +100,100 @@ def main() -> None:
     """Run the job that standard input describes."""
     described = json.load(sys.stdin)
     job = Job(**{**described, "notebook": Path(described["notebook"]), "run_dir": Path(described["run_dir"])})
-    _run(job, int(sys.argv[1]), forked=False)
+    hold.share(job.run_dir)
+    with _signals_blocked():
+        _keep(job, int(sys.argv[1]), None)
 
 
-def _run(job: Job, parent: int, *, forked: bool) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+def _keep(job: Job, parent: int, output: int | None) -> NoReturn:
+    """Run the notebook in a child; when that is killed, end what it has left and write down how it ended.
+
+    Signals must be blocked. A fork of the runner gives the pipe that replaces the runner's `output`.
+    """
+    exit_code = 1
+    try:
+        if output is not None:
+            os.setsid()  # Ctrl-C reaches the runner alone, which ends its workers in order
+            for number in (1, 2):
+                os.dup2(output, number)
+        os.set_blocking(1, False)  # a runner that does not listen must not hold up its notebooks
+        family.adopt_orphans()
+        oom_kills = family.oom_kills()
+        keeper = os.getpid()
+        child = os.fork()
+        if child == 0:
+            exit_code = _run(job, keeper, forked=output is not None)
+        else:
+            ended, asked = _wait(child, parent)
+            if ended:
+                family.end(set())
+                _account(job, ended, asked, family.oom_kills() != oom_kills)
+            exit_code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def _wait(child: int, parent: int) -> tuple[int, bool]:
+    """Wait for the child, passing signals on; returns its exit code and whether it was asked to end."""
+    asked = []
+
+    def pass_on(*_: object) -> None:
+        asked.append(True)
+        os.kill(child, signal.SIGTERM)
+
+    for number in _SIGNALS:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     family.end_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
-        return
+        pass_on()
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # from here on its number may be another process's
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), bool(asked)
+
+
+def _run(job: Job, keeper: int, *, forked: bool) -> int:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    family.end_with_parent(signal.SIGTERM)
+    if os.getppid() != keeper:
+        return 1
     from aiterlab.suite import warm
     from aiterlab.suite.execution import run_notebook
 
     kernel = warm.Kernel() if forked else None
+    run_notebook(job, say=_say, kernel=kernel, own_process=True)
+    return 0
+
+
+def _say(line: str) -> None:
     # Not through sys.stdout, which a fork may have inherited from whoever redirected it.
-    run_notebook(job, say=lambda line: os.write(1, f"{line}\n".encode()), kernel=kernel, own_process=True)
+    with contextlib.suppress(OSError):  # the runner is gone, or has not listened for long
+        os.write(1, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def _account(job: Job, exit_code: int, asked: bool, out_of_memory: bool) -> None:
+    from aiterlab.suite import execution, status  # seconds, and hardly ever needed here
+
+    word = status.INTERRUPTED if asked else status.OUT_OF_MEMORY if out_of_memory else status.FAILED
+    status.settle(job, exit_code, word, execution.settle_unrun)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Keep signals waiting while a child still has its parent's handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 if __name__ == "__main__":
