@@ -43,12 +43,14 @@ each run leaves results/<run>/{index.html, summary.md, samples.csv, record.schem
 
 a notebook ends as ok, failed, timeout, kernel-died, out-of-memory, skipped, interrupted or setup-failed.
 
-exit codes (those of compare: run_all.py compare --help):
+exit codes:
   0    every notebook ran to its end
   1    a notebook ended otherwise, the others were run all the same; or a result holds a secret
   2    bad input: an unknown notebook, profile or parameter, a value of the wrong type, another environment than asked
        for; nothing was started
   130  interrupted (Ctrl-C or SIGTERM); what had been found by then is written, --resume goes on
+
+compare has its own: run_all.py compare --help
 """
 
 
