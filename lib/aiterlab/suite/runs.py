@@ -17,6 +17,7 @@ from typing import Any
 
 from aiterlab import provenance, records
 from aiterlab.suite import gpus, hold, resume, schedule, status, warm, worker
+from aiterlab.suite.executed import EXECUTED_NAME, is_whole
 from aiterlab.suite.job import Job
 from aiterlab.suite.parameters import (
     Parameter,
@@ -26,6 +27,7 @@ from aiterlab.suite.parameters import (
     read_parameters,
     unknown,
 )
+from aiterlab.suite.report import rebuild_report
 
 LATEST_NAME = "latest"
 RUN_NAME = "run.json"
@@ -230,6 +232,8 @@ def _reused(found: status.NotebookStatus, job: Job, say: Callable[[str], None]) 
     found.reused_from = found.reused_from or found.run
     found.reused_since_utc = found.reused_since_utc or found.ended_utc
     found.save(job.folder)
+    if is_whole(job.folder / EXECUTED_NAME):
+        rebuild_report(job.folder)
     say(f"{job.stem}  unchanged since {found.reused_since_utc}; its result is reused")
     return found
 
