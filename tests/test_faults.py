@@ -116,6 +116,11 @@ ENDINGS = {
 }  # fmt: skip
 
 
+# The others run through the same code whichever way their process was started.
+SPAWNED = ("good", "kernel_killed", "kernel_exits", "never_ends", "swallows_interrupts", "detached_child", "child_left",
+           "odd_bytes")  # fmt: skip
+
+
 @pytest.fixture(scope="module", autouse=True)
 def table():
     yield
@@ -127,12 +132,15 @@ def endings(request, tmp_path_factory):
     """One run of all notebooks that end by themselves, or by their budget."""
     bench = Bench(tmp_path_factory.mktemp(request.param), request.param)
     for stem, (cells, row, *_) in ENDINGS.items():
-        bench.add(stem, *cells, **row)
+        if request.param == "fork" or stem in SPAWNED:
+            bench.add(stem, *cells, **row)
     return bench.run("--at-once", "4")
 
 
 @pytest.mark.parametrize("stem", ENDINGS)
 def test_every_ending_is_told_truly(endings, stem):
+    if stem not in endings.bench.rows:
+        pytest.skip("told by the other way")
     _, _, word, cells, reason = ENDINGS[stem]
     check_notebook(endings.folder / stem, word, cells, reason, f"{stem} ({endings.bench.way})")
     assert any(line.split()[:2] == [stem, word] for line in endings.text.splitlines()), endings.text
@@ -143,10 +151,8 @@ def test_the_run_as_a_whole_is_told_truly(endings):
 
 
 def test_what_had_to_be_killed_is_named(endings):
-    left_over = {
-        stem: check_notebook(endings.folder / stem, ENDINGS[stem][2]).left_over
-        for stem in ("good", "detached_child", "child_left")
-    }
+    stems = ("good", "detached_child", "child_left")
+    left_over = {stem: status.NotebookStatus.load(endings.folder / stem).left_over for stem in stems}
     assert left_over["good"] == [] and len(left_over["detached_child"]) == 1
     (child,) = left_over["child_left"]
     assert "sleep 600" in child and "still alive" not in child
@@ -156,6 +162,8 @@ def test_undecodable_output_is_kept_readable(endings):
     log = (endings.folder / "odd_bytes" / "log.txt").read_text(encoding="utf-8")
     for said in (r"\ud800 surrogate", "half", "from C", "of a character"):
         assert said in log
+    if "odd_display" not in endings.bench.rows:
+        return
     page = (endings.folder / "odd_display" / "report.html").read_text(encoding="utf-8")
     assert r"lone \ud800" in page
 
@@ -221,11 +229,19 @@ STOPS = {  # how: the word of 02_busy, of 03_busy, of 04_later and of the run, a
     "runner_and_keeper": ("interrupted", "interrupted", None, "interrupted", None, -9),
     "runner_and_worker": ("interrupted", "interrupted", None, "interrupted", None, -9),
 }
-SHORT_LIST = [(how, "fork") for how in STOPS] + [("runner", "spawn"), ("worker", "spawn")]
-LONG_LIST = [pytest.param(how, "spawn", marks=pytest.mark.long) for how in STOPS if (how, "spawn") not in SHORT_LIST]
+# Each takes two runs. The others say the same of code that these have run through.
+OFTEN = {("ctrl_c_twice", "fork"), ("runner", "fork"), ("keeper", "fork"), ("runner_and_worker", "fork")}
+OFTEN |= {("worker", "spawn")}
 
 
-@pytest.mark.parametrize(("how", "way"), [*SHORT_LIST, *LONG_LIST])
+@pytest.mark.parametrize(
+    ("how", "way"),
+    [
+        pytest.param(how, way, marks=() if (how, way) in OFTEN else pytest.mark.long, id=f"{how}-{way}")
+        for how in STOPS
+        for way in WAYS
+    ],
+)
 def test_a_stop_from_outside_loses_nothing_and_resumes(tmp_path, how, way):
     bench, flag, run, worker, keeper = stoppable(tmp_path, way)
     if how == "sigterm":
@@ -259,10 +275,8 @@ def test_a_stop_from_outside_loses_nothing_and_resumes(tmp_path, how, way):
     assert again.folder == folder
     for stem in ("01_done", "02_busy", "03_busy", "04_later"):
         check_notebook(folder / stem, "ok", case=f"{case} --resume {stem}")
-    reused = [stem for stem in bench.rows if re.search(f"{stem}  unchanged since", again.text)]
-    assert reused == (
-        ["01_done", "03_busy"] if also_busy == "ok" and (folder / "03_busy/record.json").exists() else ["01_done"]
-    )
+    # Of those that ended well one has left no record, without which nobody can tell what was found.
+    assert re.findall(r"^(\w+)  unchanged since", again.text, re.MULTILINE) == ["01_done"]
 
 
 # ---- what a result depends on
@@ -396,9 +410,8 @@ def odd_clock(tmp_path_factory):
     return build
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["back", "on"])
-def test_a_clock_that_is_set_changes_no_duration(tmp_path, way, kind, odd_clock):
+@pytest.mark.parametrize(("kind", "way"), [("back", "spawn"), ("on", "fork")])
+def test_a_clock_that_is_set_changes_no_duration(tmp_path, kind, way, odd_clock):
     bench = Bench(tmp_path, way)
     bench.add("01_a", "import time\ntime.sleep(0.5)", "1", cell_budget_minutes=0.5, budget_minutes=2)
     run = bench.run(LD_PRELOAD=odd_clock(kind))
@@ -429,7 +442,7 @@ def test_two_runners_of_one_second_keep_out_of_each_others_way(tmp_path, odd_clo
     assert [run.process.returncode for run in runs] == [0, 0] and all(run.left() == [] for run in runs)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param("fork", marks=pytest.mark.long), "spawn"])
 def test_a_run_that_is_at_work_cannot_be_resumed(tmp_path, way):
     bench, flag, run, *_ = stoppable(tmp_path, way)
     refused = bench.run("--resume")
@@ -453,25 +466,34 @@ def test_a_run_that_is_at_work_cannot_be_resumed(tmp_path, way):
 # ---- too much, and too little
 
 
-@pytest.mark.parametrize("way", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
-def test_endless_output_ends_the_notebook_and_fills_neither_memory_nor_disk(tmp_path, way):
+FLOODS = {
+    "prints": "line = 'x' * 999\nwhile True:\n    print(line)",
+    "displays": "big = 'z' * 10_000_000\nwhile True:\n    display(big)",
+    "writes": "import os\nchunk = b'y' * 999 + b'\\n'\nwhile True:\n    os.write(1, chunk)",  # a minute
+}
+
+
+@pytest.mark.parametrize(
+    ("stems", "way"),
+    [
+        (("prints", "displays"), "fork"),
+        pytest.param(("prints", "displays"), "spawn", marks=pytest.mark.long),
+        pytest.param(("writes",), "fork", marks=pytest.mark.long),
+    ],
+)
+def test_endless_output_ends_its_notebook_and_fills_nothing(tmp_path, stems, way):
     bench = Bench(tmp_path, way)
-    bench.add("prints", "line = 'x' * 999\nwhile True:\n    print(line)", "2", budget_minutes=2)
-    bench.add(
-        "writes", "import os\nchunk = b'y' * 999 + b'\\n'\nwhile True:\n    os.write(1, chunk)", "2", budget_minutes=1
-    )
-    bench.add("displays", "big = 'z' * 10_000_000\nwhile True:\n    display(big)", "2", budget_minutes=2)
+    for stem in stems:
+        bench.add(stem, FLOODS[stem], "2", budget_minutes=4)
     run = bench.start("--at-once", "3")
     run.watch_memory()
-    run.wait()
+    run.wait(300)
     check_run(run, "failed", 1)
-    for stem in bench.rows:
-        check_notebook(
-            run.folder / stem, "failed", ["ok", "failed", "not run"], "more than 64 MB of output in one cell",
-            f"{stem} forever ({way})",
-        )  # fmt: skip
+    for stem in stems:
+        reason = "more than 64 MB of output in one cell"
+        check_notebook(run.folder / stem, "failed", ["ok", "failed", "not run"], reason, f"{stem} forever ({way})")
         sizes = {path.name: path.stat().st_size for path in (run.folder / stem).iterdir()}
-        assert sum(sizes.values()) < 300e6 and sizes["executed.ipynb"] < 1e6, sizes
+        assert sum(sizes.values()) < 150e6 and sizes["executed.ipynb"] < 1e6, sizes
     assert run.peak_bytes < 1.5e9, f"{run.peak_bytes / 1e9:.1f} GB: {run.peak_of}"
 
 
@@ -495,7 +517,7 @@ with open(output_dir({stem!r}) / "big", "wb", buffering=0) as file:
     {how}"""
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_a_disk_that_fills_up_is_told_of_and_nothing_is_half_written(tmp_path, small_disk, way):
     bench = Bench(tmp_path, way, small_disk / "results")
     bench.add("fills", FILL.format(stem="fills", how="while True:\n        file.write(bytes(1_000_000))"), "2")
@@ -579,7 +601,7 @@ def small_memory(tmp_path):
     pytest.skip("no control group for memory can be made here")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_a_kernel_that_the_system_kills_for_want_of_memory_is_said_to_be_out_of_memory(tmp_path, small_memory, way):
     bench = Bench(tmp_path, way)
     bench.add("01_a", "1", "kept = []\nwhile True:\n    kept.append(bytearray(b'x' * 20_000_000))", "2")
