@@ -24,7 +24,7 @@ test: setup ## run the tests (ARGS="-k policy" for some of them)
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 lab: setup ## open the notebooks in JupyterLab, reachable from this machine only (PORT=8888)
-	@$(VENV)/bin/python -m jupyterlab --ip=127.0.0.1 --port=$(PORT) notebooks
+	@$(VENV)/bin/python -m aiterlab.suite.lab --port=$(PORT) $(ARGS)
 
 lint: setup ## check style, and that notebooks hold no outputs
 	@$(VENV)/bin/python -m ruff check .

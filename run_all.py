@@ -18,6 +18,7 @@ ROWS = (
         stem="01_reproduce_regression",
         minutes=5,
         needs="any CPU, 4 GB memory, network on the first run",
+        memory_gb=4,
         profiles={
             "smoke": {
                 "profile": "smoke",
@@ -30,7 +31,9 @@ ROWS = (
     Row(
         stem="02_apply_fix",
         minutes=5,
+        after=("01_reproduce_regression",),  # whose answers to the same questions it finds there
         needs="any CPU, 4 GB memory, network on the first run",
+        memory_gb=4,
         profiles={
             "smoke": {
                 "profile": "smoke",
@@ -44,6 +47,7 @@ ROWS = (
         stem="03_audit_backend_selection",
         minutes=5,
         needs="any CPU, 6 GB memory, network on the first run",
+        memory_gb=6,
         profiles={
             "smoke": {
                 "profile": "smoke",
@@ -60,6 +64,8 @@ ROWS = (
         stem="04_run_attention_kernels",
         minutes=2,
         needs="any CPU, 4 GB memory; full: a GPU, 16 GB of its memory",
+        memory_gb=4,
+        measures_time="on a GPU",
         profiles={
             "smoke": {
                 "profile": "smoke",
@@ -77,6 +83,9 @@ ROWS = (
         stem="05_run_eagle_spec_decode",
         minutes=5,
         needs="any CPU, 8 GB memory; full: a GPU, 80 GB of its memory",
+        memory_gb=8,
+        measures_time="always",
+        reads=("models",),
         profiles={
             "smoke": {
                 "profile": "smoke",
@@ -100,6 +109,14 @@ ROWS = (
                 "accuracy": {"aiterlab_arithmetic": 200},
             },
         },
+    ),
+    Row(
+        stem="06_plot_accuracy_latency",
+        minutes=0.3,
+        needs="any CPU, 2 GB memory; the records of the others, or those of the repository",
+        after=("01_reproduce_regression", "02_apply_fix", "04_run_attention_kernels", "05_run_eagle_spec_decode"),
+        reads=("results/reference",),
+        profiles={"smoke": {"profile": "smoke"}, "standard": {}, "full": {"profile": "full"}},
     ),
 )
 

@@ -3,12 +3,14 @@
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -275,9 +277,24 @@ def test_the_reads_of_an_import_decide_whether_it_can_be_shared(monkeypatch):
         assert not reads.holds()
     with pytest.raises(Forbidden, match="MOVED"), Reads(["MOVED"], forbid=True):
         os.environ.get("MOVED")
-    with pytest.raises(Forbidden, match="import aiter"), Reads([]):
-        import aiter.ops  # noqa: F401
+    for look in (lambda: importlib.import_module("aiter.ops"), lambda: find_spec("aiter")):
+        with pytest.raises(Forbidden, match="looks for aiter"), Reads([]):
+            look()
     os.environ.pop("UNREAD")
+
+
+def test_machines_with_aiter_and_without_begin_in_one_base(cell, tmp_path):
+    cells = telling_cells(tmp_path, settings=12)[::3]
+    for name in ("plain", "switched"):
+        file = cells[0].tree.source / f"{name}.py"
+        file.write_text(file.read_text() + f"import importlib.util\nFOUND_{name} = importlib.util.find_spec('aiter')\n")
+    told_of = cells[0].tree.source / "engine" / "arg_utils.py"
+    told_of.write_text(told_of.read_text().replace("told = [", "told = [vllm.plain.FOUND_plain is not None, "))
+    beside = [replace(c, machine=replace(c.machine, aiter=True)) for c in cells]
+    rows = ask(cells + beside, workers=1, timeout_s=20)
+    assert [told(row).partition(",")[0] for row in rows] == ["[False"] * len(cells) + ["[True"] * len(beside)
+    assert len(importers(cells, "plain")) > len(cells), "what looks for AITER is left to the groups"
+    assert len({row["began_with"]["base"] for row in rows if row["began_with"]}) < 5
 
 
 SABOTAGE = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aiterlab import paths, records
+from aiterlab import paths, provenance, records
 from aiterlab.records import RecordError, atomic_write_bytes, atomic_write_text, load_record, save_record
 
 
@@ -71,6 +71,35 @@ def test_home_and_secrets_do_not_reach_the_record(run_dir, monkeypatch):
     text = path.read_text()
     assert "path:~/vllm" in text
     assert "someone" not in text and "abcdefghijkl" not in text
+
+
+def test_a_full_run_that_cannot_say_where_it_ran_keeps_its_data_beside(run_dir, monkeypatch):
+    full = {"profile": "full"}
+    monkeypatch.setattr(provenance, "missing_for_full", lambda facts: ["git_commit (no repository)"])
+    with pytest.raises(RecordError) as caught:
+        save_record("01_x", {"latency_ms": 1.5}, parameters=full)
+    message = str(caught.value)
+    assert "git_commit (no repository)" in message and "01_x/record.unfit.json" in message and "\n" not in message
+    assert [path.name for path in (run_dir / "01_x").iterdir()] == ["record.unfit.json"]
+    assert load_record(run_dir / "01_x" / "record.unfit.json")["latency_ms"] == 1.5
+    # the other profiles do not mind, and a full run that can say it leaves nothing unfit behind
+    assert save_record("02_x", {}, parameters={"profile": "standard"}).name == "record.json"
+    monkeypatch.setattr(provenance, "missing_for_full", lambda facts: [])
+    save_record("01_x", {"latency_ms": 1.5}, parameters=full)
+    assert [path.name for path in (run_dir / "01_x").iterdir()] == ["record.json"]
+
+
+def test_a_record_says_what_the_notebook_alone_knows(run_dir):
+    path = save_record("01_x", {"machine_simulated": True}, parameters={"seed": 7})
+    facts = load_record(path)["provenance"]
+    assert (facts["seed"], facts["machine_simulated"], facts["attention_backends"]) == (7, True, None)
+    assert facts["missing"]["attention_backends"] and facts["packages_sha256"]
+
+
+def test_half_a_surrogate_pair_does_not_stop_a_write(run_dir, tmp_path):
+    path = save_record("01_x", {"said": "a\ud800b"}, parameters=None)
+    assert load_record(path)["said"] == "a\ufffdb"
+    assert json.loads(atomic_write_text(tmp_path / "x.json", '"\ud800"').read_text()) == "\ud800"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):

@@ -147,9 +147,9 @@ def test_a_crashed_kernels_last_words_are_in_the_log(tmp_path):
 def test_the_budget_stops_a_notebook_shows_where_and_leaves_no_process(tmp_path):
     pid = tmp_path / "pid"
     child = CHILD.format(own=False, path=str(pid))
-    outcome, folder, _ = run(tmp_path, child, "import time\ntime.sleep(600)", "1", budget_s=4)
+    outcome, folder, _ = run(tmp_path, child, "import time\ntime.sleep(600)", "1", budget_s=8)
     assert_truthful(outcome, folder, "timeout", ["ok", "ok", "timeout", "not run"])
-    assert outcome.reason == "stopped after its budget of 4 s" and outcome.seconds < 30
+    assert outcome.reason == "stopped after its budget of 8 s" and outcome.seconds < 60
     # It was interrupted first, so that the executed copy shows the line that was running.
     assert executed(folder).cells[2].outputs[0].ename == "KeyboardInterrupt"
     assert gone(pid)
@@ -159,7 +159,7 @@ def test_a_cell_that_ignores_the_interrupt_is_killed_with_all_it_started(tmp_pat
     monkeypatch.setattr(watch, "GRACE_S", 0.5)
     pid = tmp_path / "pid"
     stubborn = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)"
-    outcome, folder, _ = run(tmp_path, CHILD.format(own=True, path=str(pid)), stubborn, "1", budget_s=4)
+    outcome, folder, _ = run(tmp_path, CHILD.format(own=True, path=str(pid)), stubborn, "1", budget_s=8)
     assert_truthful(outcome, folder, "timeout", ["ok", "ok", "timeout", "not run"])
     assert gone(pid)
 

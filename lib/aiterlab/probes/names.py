@@ -61,9 +61,13 @@ def unbound(layer, package: Path) -> list[dict]:
 def _missing(module: ModuleType) -> dict[str, list[tuple[int, str]]]:
     """Names that the module may bind, has not bound, and that its functions look up: where they do."""
     code = _code(module)
+    if vars(module).keys() >= set(code.co_names):
+        return {}
     names = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_NAME"} - vars(module).keys()
     uses = defaultdict(list)
-    for function in _functions(code) if names else ():
+    for function in _functions(code):
+        if names.isdisjoint(function.co_names):
+            continue  # reading instructions takes most of a cell's time here, and few functions use such a name
         for step in dis.get_instructions(function):
             if step.opname == "LOAD_GLOBAL" and step.argval in names:
                 uses[step.argval].append((step.positions.lineno or function.co_firstlineno, function.co_qualname))

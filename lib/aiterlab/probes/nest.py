@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nested processes in which the cells of one tree on one machine are answered.
+"""The nested processes in which the cells of one tree on one GPU are answered.
 
-    base      the tree on the hardware, with everything imported that does not depend on the switches
-      group   one setting of the switches: has asked what neither the choice nor the layer can change
+    base      the tree on the GPU, with everything imported that depends neither on the switches nor on AITER
+      group   AITER or none, one setting of the switches: has asked what neither the choice nor the layer can change
         cell  one choice and one layer: answers, and ends
 
 Each forks the next, one child at a time, and answers nothing itself; so a cell begins where its group stood before its
@@ -41,9 +41,9 @@ def serve(unit: dict, report: Report) -> None:
     """Be the base of one unit of work and fork its groups, one after another.
 
     Args:
-        unit: `groups`, each with its `request` (that of any of its cells), `log`, `cells`, and, if it is to say which
-            modules it imported, a file `imported`; `preload`, the modules to import here; `moved`, the variables in
-            which groups of this tree differ; `limit_s` for each process.
+        unit: `groups`, each with its `request` (that of any of its cells), `log` and `cells`, which have a file
+            `imported` if they are to say which modules were imported; `preload`, the modules to import here; `moved`,
+            the variables in which groups of this tree differ; `limit_s` for each process.
         report: takes what happens, as JSON.
     """
     last, root = next(reversed(sys.modules)), child.state()
@@ -85,14 +85,14 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
     report({"process": os.getpid()})
     request = group["request"]
     child.set_switches(request, unit["moved"])
+    child.settle_aiter(request)
     if not reads.holds():
         report({"elsewhere": [cell["id"] for cell in group["cells"]]})
         return
-    with _Completed() as completed:
+    completed = _Completed()
+    with completed:
         probe = child.make_probe(request)
         probe.begin(request["drive"])
-    if file := group.get("imported"):
-        records.atomic_write_text(Path(file), json.dumps(completed.names))
     if (count := threading.active_count()) > 1:
         report({"threads": count, "ids": [cell["id"] for cell in group["cells"]]})
         return
@@ -102,17 +102,20 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
     for cell in group["cells"]:
         began_with = below | _state()
         running = forks.fork(
-            lambda c=cell, b=began_with: _answer(probe, c, b, loaded, report), cell["log"], group["log"]
+            lambda c=cell, b=began_with: _answer(probe, c, b, loaded, completed, report), cell["log"], group["log"]
         )
         report({"ended": cell["id"], **asdict(running.wait(unit["limit_s"]))})
 
 
-def _answer(probe, cell: dict, began_with: dict, loaded: list[str], report: Report) -> None:
+def _answer(probe, cell: dict, began_with: dict, loaded: list[str], completed: _Completed, report: Report) -> None:
     report({"process": os.getpid()})
     last = next(reversed(sys.modules))
     began_with |= {"answered": child.answered()}
     gc.enable()
-    facts = child.finish(probe, cell["request"])
+    with completed:
+        facts = child.finish(probe, cell["request"])
+    if file := cell.get("imported"):
+        records.atomic_write_text(Path(file), json.dumps(completed.names))
     child.keep(facts, began_with, loaded + preload.loadable(_after(last)), cell["answer"])
 
 
@@ -130,14 +133,19 @@ def _state() -> dict:
     return child.state() | {"globals": _globals()}
 
 
+_containers: dict[str, tuple[int, list]] = {}  # module -> its names' values in one number, and those that hold others
+
+
 def _globals() -> str:
     """A digest of what the names in the tree's modules are bound to, and how much their containers hold."""
     digest = hashlib.sha256()
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == TREE:
             values = tuple(vars(module).values())
-            sizes = [len(value) for value in values if type(value) in (dict, list, set)]
-            digest.update(f"{name} {hash(tuple(map(id, values)))} {sizes}\n".encode())
+            bound = hash(tuple(map(id, values)))
+            if _containers.get(name, (None, []))[0] != bound:
+                _containers[name] = bound, [value for value in values if type(value) in (dict, list, set)]
+            digest.update(f"{name} {bound} {list(map(len, _containers[name][1]))}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """In which order and in which nests of processes cells are asked, and what to do when one of these fails.
 
-A unit of work is handed to a process of its own (nest.py): groups of one tree on one hardware. Of a tree that has many
-groups, two are asked first in the plain way, to see what they import; what of that a base may import is tried, and the
-others begin from there.
+A unit of work is handed to a process of its own (nest.py): groups of one tree on one GPU. Of a tree that has many
+groups, some cells of two are asked first in the plain way, to see what all of them import; what of that a base may
+import is tried, and the others begin from there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from aiterlab.probes import answers
 from aiterlab.probes.cells import Cell
 from aiterlab.probes.preload import Names
 
-WORTH_LEARNING = 8  # groups beyond the first on each hardware, from which trying imports pays for itself
+WORTH_LEARNING = 8  # groups beyond the first on each GPU, from which trying imports pays for itself
+_SCOUTS = 8  # cells of the largest group: enough that what they all import has nothing to do with what one asks
 _UNITS_PER_WORKER, _CELLS_PER_UNIT = 2, 12  # no unit is so large that one worker would be left with it at the end
 
 Finish = Callable[[int, dict], None]
@@ -82,7 +83,7 @@ class Plan:
 
     def _hardware(self, index: int) -> tuple:
         machine = self._cell_at(index).machine
-        return machine.arch, machine.aiter, machine.flash_attn
+        return machine.arch, machine.flash_attn
 
     def next_unit(self) -> dict | None:
         """The next unit that a worker can take; None while everything waits for units that are running."""
@@ -105,10 +106,12 @@ class Plan:
             tree.planned = True
             self._units(tree)
         elif not tree.scouts:
-            first, *_, last = tree.groups.values()
-            for indices in (first, last):
+            largest = max(tree.groups.values(), key=len)
+            other = next(indices for indices in reversed(tree.groups.values()) if indices is not largest)
+            for indices in (largest[:: ceil(len(largest) / _SCOUTS)], other):
                 unit = self._nest(tree, [indices], [])
-                unit["groups"][0]["imported"] = self._path("imported")
+                for cell in unit["groups"][0]["cells"]:
+                    cell["imported"] = self._path("imported")
                 self.ready.append(unit)
                 tree.scouts[unit["id"]] = []
                 tree.watched += 1
@@ -122,7 +125,7 @@ class Plan:
 
     def _units(self, tree: _Tree) -> None:
         left = [kept for indices in tree.groups.values() if (kept := [i for i in indices if i in self.todo])]
-        limit = max(_CELLS_PER_UNIT, ceil(sum(map(len, left)) / (self.workers * _UNITS_PER_WORKER)))
+        limit = max(_CELLS_PER_UNIT, ceil(len(self.todo) / (self.workers * _UNITS_PER_WORKER)))
         parts: list[list[list[int]]] = []
         for _, groups in itertools.groupby(sorted(left, key=self._by_hardware), self._by_hardware):
             parts.append([])
@@ -230,8 +233,7 @@ class Plan:
             self.ready.appendleft(self._nest(tree, sent_back, unit["preload"] if served else []))
         if unit["id"] in tree.scouts:
             tree.watched -= 1
-            imported = Path(unit["groups"][0]["imported"])
-            tree.scouts[unit["id"]] = json.loads(imported.read_text()) if imported.exists() else []
+            tree.scouts[unit["id"]] = _imported_by_all(unit["groups"][0])
 
     def _imports_ended(self, unit: dict, ending: dict) -> None:
         tree, answer = unit["tree"], Path(unit["answer"])
@@ -244,6 +246,13 @@ class Plan:
     def _done(self, index: int, row: dict) -> None:
         self._finish(index, row)
         self.todo.remove(index)
+
+
+def _imported_by_all(group: dict) -> list[str]:
+    """What a group has imported, and then every cell of it, whatever was asked there."""
+    lists = [json.loads(file.read_text()) for cell in group["cells"] if (file := Path(cell["imported"])).exists()]
+    common = set.intersection(*map(set, lists)) if lists else set()
+    return [name for name in max(lists, key=len, default=[]) if name in common]
 
 
 def _log(file: Path) -> str:

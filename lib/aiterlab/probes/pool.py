@@ -109,11 +109,14 @@ def ask(
 
 
 def _ask_forked(todo: dict, workers: int, limit_s: float, finish, rows: list) -> None:
-    """Answer cells in processes that are forked from one with third-party modules; learn which these are."""
+    """Answer cells in processes that are forked from one with third-party modules; learn which these are.
+
+    Where nothing is known yet, the first cell and the last are asked before the others: the oldest and the newest tree.
+    """
     kind = "driven" if any(cell.drive for cell, _ in todo.values()) else "asked"
     modules, patterns = Names(kind, answers.versions()), Names("patterns", answers.versions())
-    first = next(iter(todo))
-    parts = [{first: todo[first]}, {i: asked for i, asked in todo.items() if i != first}]
+    first = {i: todo[i] for i in {min(todo), max(todo)}}
+    parts = [first, {i: asked for i, asked in todo.items() if i not in first}]
     for part in [todo] if modules.known else filter(None, parts):
         plan = Plan(part, workers, limit_s, finish, cold=False)
         _carry_out(plan, {"modules": modules.names, "patterns": patterns.names}, _SIMULATION)

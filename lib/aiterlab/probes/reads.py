@@ -1,35 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tree reads of the switches while it is imported: the evidence that an import may be shared.
+"""What a tree reads of the switches, and of AITER, while it is imported: the evidence that an import may be shared.
 
 Two processes that were told the same by everything they asked are in the same state. So a process that has imported a
 part of a tree under one setting of the switches may serve another setting if, and only if, everything that was read
-meanwhile has the same value there.
+meanwhile has the same value there. Whether AITER is installed may not be asked at all: it is still open.
 """
 
 from __future__ import annotations
 
-import builtins
+import importlib.abc
 import os
 import subprocess
+import sys
 from collections.abc import Iterable
 from types import ModuleType
 
 from aiterlab import importing
 
 PARSER = "vllm.envs"  # its module-level __getattr__ turns environment variables into the values that the tree sees
-WATCHED = "aiter"  # its import statements are what a cell observes
+WATCHED = "aiter"  # whether it is there differs between the machines, and its imports are what a cell observes
 
 
 class Forbidden(BaseException):
-    """AITER was imported, or a switch was read where none may be: this import cannot be shared."""
+    """AITER was looked for, or a switch was read where none may be: this import cannot be shared."""
 
 
-class Reads:
+class Reads(importlib.abc.MetaPathFinder):
     """Records what is read of some environment variables; as a context manager, in this process.
 
     Args:
         moved: names of the variables in which the settings differ.
-        forbid: raise at such a read instead of recording it. An import of AITER always raises.
+        forbid: raise at such a read instead of recording it. Looking for AITER always raises.
     """
 
     def __init__(self, moved: Iterable[str], *, forbid: bool = False) -> None:
@@ -59,11 +60,8 @@ class Reads:
         kind = os._Environ
         self._kept = [(kind, name, getattr(kind, name)) for name in ("__getitem__", "__iter__")]
         self._kept += [(kind, name, getattr(kind, name)) for name in ("__setitem__", "__delitem__")]
-        self._kept += [
-            (subprocess.Popen, "__init__", subprocess.Popen.__init__),
-            (builtins, "__import__", builtins.__import__),
-        ]
-        get, iterate, put, delete, start, load = (value for _, _, value in self._kept)
+        self._kept += [(subprocess.Popen, "__init__", subprocess.Popen.__init__)]
+        get, iterate, put, delete, start = (value for _, _, value in self._kept)
 
         def __getitem__(environ, name):
             self._read(name, environ)
@@ -85,25 +83,27 @@ class Reads:
             self._all()  # a new process inherits the environment
             start(process, *args, **kwargs)
 
-        def __import__(name, globals=None, locals=None, fromlist=(), level=0):
-            if level == 0 and name.partition(".")[0] == WATCHED:
-                self.tripped = True
-                raise Forbidden(f"import {name}")
-            return load(name, globals, locals, fromlist, level)
-
         for (owner, name, _), wrapper in zip(
-            self._kept, (__getitem__, __iter__, __setitem__, __delitem__, __init__, __import__), strict=True
+            self._kept, (__getitem__, __iter__, __setitem__, __delitem__, __init__), strict=True
         ):
             setattr(owner, name, wrapper)
+        sys.meta_path.insert(0, self)
         self._active = True
         importing.after_import(PARSER, self._found_parser)
         return self
+
+    def find_spec(self, fullname, path=None, target=None):
+        """Find nothing: statements that import a module, and questions whether there is one, come here first."""
+        if fullname.partition(".")[0] == WATCHED:
+            self.tripped = True
+            raise Forbidden(f"looks for {fullname}")
 
     def _set_now(self) -> dict[str, str | None]:
         return {name: os.environ.get(name) for name in self.moved}
 
     def __exit__(self, *exception) -> None:
         self._active = False
+        sys.meta_path.remove(self)
         for owner, name, value in self._kept:
             setattr(owner, name, value)
         if self._parser is not None and vars(self._parser).get("__getattr__") is self._recording_parser:

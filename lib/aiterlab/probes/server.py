@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from aiterlab.probes import forks, nest, pages, preload
+from aiterlab.probes import ahead, forks, nest, pages, preload
 
 _ENVIRONMENT = dict(os.environ)  # before anything that is imported could change it
 _TICK_S, _PAUSE_S = 0.05, 0.0005
@@ -36,7 +35,7 @@ def main() -> None:
         return
     for pattern in first.get("patterns", ()):
         re.compile(pattern)
-    inspect.getmodule(main.__code__)  # it looks through every module; what it learns here, children know already
+    ahead.prepare()
     gc.collect()
     gc.freeze()  # children share these pages; a collection in a child would copy them
     gc.disable()  # until a cell begins: what is imported stays

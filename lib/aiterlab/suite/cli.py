@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
@@ -13,8 +14,8 @@ from pathlib import Path
 from time import monotonic
 from typing import IO
 
-from aiterlab import paths
-from aiterlab.suite import console, environment, room, runs, status
+from aiterlab import paths, provenance, security
+from aiterlab.suite import bundle, compare, console, environment, pages, room, runs, status
 from aiterlab.suite.parameter_file import read_parameter_file
 from aiterlab.suite.parameters import ParameterError
 from aiterlab.suite.runs import Row
@@ -30,20 +31,26 @@ examples:
   python run_all.py --profile smoke                  the same checks on smaller questions, in minutes
   python run_all.py --list                           what there is, and every parameter with its default
   python run_all.py --only 02_apply_fix
+  python run_all.py --resume                         go on with the newest run: keep what is done and unchanged
+  python run_all.py compare reference latest         what changed against the records in the repository
   python run_all.py --environment cuda --profile full --only 04_run_attention_kernels
   python run_all.py --only 01_reproduce_regression \\
       --set '01_reproduce_regression.trees=["regressed", "path:/src/vllm"]' \\
       --set 01_reproduce_regression.workers=4
 
-each run leaves results/<run>/<notebook>/{report.html, record.json, executed.ipynb, status.json, log.txt, *.png};
-results/latest leads to the newest run.
+each run leaves results/<run>/{index.html, summary.md, samples.csv, record.schema.json, run.json} and for each notebook
+<notebook>/{report.html, record.json, executed.ipynb, status.json, log.txt, *.png}; results/latest leads to the newest.
+
+a notebook ends as ok, failed, timeout, kernel-died, out-of-memory, skipped, interrupted or setup-failed.
 
 exit codes:
   0    every notebook ran to its end
-  1    a notebook failed, ran out of time, or lost its kernel; the others were run all the same
+  1    a notebook ended otherwise, the others were run all the same; or a result holds a secret
   2    bad input: an unknown notebook, profile or parameter, a value of the wrong type, another environment than asked
        for; nothing was started
-  130  interrupted (Ctrl-C or SIGTERM); what had been found by then is written
+  130  interrupted (Ctrl-C or SIGTERM); what had been found by then is written, --resume goes on
+
+compare has its own: run_all.py compare --help
 """
 
 
@@ -51,8 +58,6 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
     """Run the command line on these rows and return its exit code; `notebooks` defaults to the project's own folder."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["compare"]:
-        from aiterlab.suite import compare
-
         return compare.main(argv[1:])
     options = _parser().parse_args(argv)
     console.prepare()
@@ -74,6 +79,8 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
         if options.list:
             console.print_list(plans)
             return EXIT_OK
+        if asked["profile"] == "full" and (missing := provenance.missing_for_full(provenance.collect())):
+            raise ParameterError(f"profile full: a number without its origin is none; missing: {'; '.join(missing)}")
         run = replace(run or runs.new_run(results, asked["profile"]), **asked)
         with runs.held(run), _terminable(), room.reserved(run.folder, _ROOM_BYTES) as held:
             return _run(plans, run, options, held)
@@ -107,7 +114,16 @@ def _run(plans: Sequence[runs.Plan], run: runs.Run, options: argparse.Namespace,
         say(f"run.json cannot be written: {error}")
         exit_code = exit_code or EXIT_FAILED
     console.print_table(plans, outcomes, run.folder)
-    return exit_code
+    try:
+        bundle.write_bundle(run.folder)
+        say(os.path.relpath(run.folder / pages.INDEX_NAME))
+    except OSError as error:
+        say(f"the index cannot be written: {error}")
+        exit_code = exit_code or EXIT_FAILED
+    leaks = security.scan_folder(run.folder)
+    for leak in leaks:
+        say(f"do not show this around: {leak}")
+    return exit_code or (EXIT_FAILED if leaks else EXIT_OK)
 
 
 @contextlib.contextmanager
@@ -134,7 +150,7 @@ def _budgeted(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run_all.py",
-        description="Run the notebooks one after the other, each in a fresh kernel, and render a report of each.",
+        description="Run the notebooks, each in a kernel of its own, and render what they found.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

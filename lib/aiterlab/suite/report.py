@@ -5,8 +5,11 @@ nbconvert renders, with a template of our own. Its stock pages load scripts and 
 or broken where a reviewer has none. Formulas are therefore shown as their source.
 """
 
+import base64
 import json
+import re
 from collections import Counter
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,23 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from aiterlab.records import atomic_write_text
-from aiterlab.suite.sanitize import clean_html
-from aiterlab.suite.status import METADATA_KEY, code_cells
+from aiterlab.suite.executed import EXECUTED_NAME, publishable
+from aiterlab.suite.results import LINKED, number, read_entry, text
+from aiterlab.suite.sanitize import clean_html, clean_svg
+from aiterlab.suite.status import CELL_NOT_RUN, METADATA_KEY, STATUS_NAME, code_cells, title_of
+from aiterlab.suite.wording import (
+    commit_words,
+    duration_words,
+    processor_words,
+    provenance_rows,
+    reused_words,
+    time_words,
+    tone_of,
+)
 
 REPORT_NAME = "report.html"
 _TEMPLATE = "report"
+_CONTENTS_MARK = "<!--contents-->"
 _NETWORK_URLS = (
     "mathjax_url",
     "require_js_url",
@@ -39,58 +54,135 @@ def write_report(notebook: nbformat.NotebookNode, folder: Path) -> Path:
 
     The notebook carries its status (`NotebookStatus.stamp`) and is already fit to be shown (`executed.publishable`).
     """
-    return atomic_write_text(folder / REPORT_NAME, render_report(notebook))
+    # The status vouches for the report, so it is written after it.
+    links = {name: words for name, words in LINKED.items() if name == STATUS_NAME or (folder / name).is_file()}
+    links.pop(REPORT_NAME, None)
+    return atomic_write_text(folder / REPORT_NAME, render_report(notebook, links))
 
 
-def render_report(notebook: nbformat.NotebookNode) -> str:
-    """Return the page."""
+def rebuild_report(folder: Path) -> Path:
+    """Render `folder/report.html` from `status.json` and `executed.ipynb`, whatever there is of the two.
+
+    For what was skipped, reused, or ended with the runner itself. Raises FileNotFoundError if there is neither.
+    """
+    entry = read_entry(folder)
+    path = folder / EXECUTED_NAME
+    if not path.exists() and not entry.status:
+        raise FileNotFoundError(f"{folder}: holds neither {EXECUTED_NAME} nor {STATUS_NAME}")
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except Exception:  # over a file that is no notebook nbformat raises what it likes; the status is shown all the same
+        notebook = nbformat.v4.new_notebook()
+    stamped = notebook.metadata.get(METADATA_KEY)
+    facts = {"stem": entry.stem, **(stamped if isinstance(stamped, Mapping) else {}), **entry.status}
+    cells = facts.pop("cells", None)
+    notebook.metadata[METADATA_KEY] = facts
+    for cell, told in zip(code_cells(notebook), cells if isinstance(cells, list) else (), strict=False):
+        cell.metadata[METADATA_KEY] = told
+    return write_report(publishable(notebook), folder)
+
+
+def render_report(notebook: nbformat.NotebookNode, links: Mapping[str, str] | None = None) -> str:
+    """Return the page; `links` are files beside it, each with its words."""
+    contents = Contents()
     with as_file(files("aiterlab.suite") / "template") as templates:
         exporter = HTMLExporter(
             template_name=_TEMPLATE,
             extra_template_basedirs=[str(templates)],
-            filters={"clean_html": clean_html, "tojson_plain": _json},
+            filters={
+                "clean_html": clean_html,
+                "prose": contents.prose,
+                "tojson_plain": _json,
+                "svg_source": _svg_source,
+                "duration": duration_words,
+                "tone": tone_of,
+            },
             exclude_anchor_links=True,
             exclude_input_prompt=True,
             exclude_output_prompt=True,
             **dict.fromkeys(_NETWORK_URLS, ""),
         )
         exporter.config.NbConvertBase.display_data_priority = _SHOWN
-        css = (templates / _TEMPLATE / "style.css").read_text(encoding="utf-8") + _code_colours()
-        page, _ = exporter.from_notebook_node(notebook, resources={"report_css": css, **_header(notebook)})
-    return page
+        css = (templates / "style.css").read_text(encoding="utf-8") + _code_colours()
+        page, _ = exporter.from_notebook_node(
+            notebook, resources={"report_css": css, "links": links or {}, **_header(notebook)}
+        )
+    return page.replace(_CONTENTS_MARK, contents.to_html(), 1)
+
+
+class Contents:
+    """The table of contents, gathered while the notebook's prose is rendered."""
+
+    def __init__(self) -> None:
+        self._headings: list[tuple[int, str]] = []
+
+    def prose(self, rendered: str) -> str:
+        """Return a cell's prose, harmless, its headings numbered as targets; two of one name get two targets."""
+        return re.sub(r"<h([1-6])\b[^>]*>(.*?)</h\1>", self._number, clean_html(rendered), flags=re.DOTALL)
+
+    def to_html(self) -> str:
+        """Return the list, once for the margin of a wide screen and once folded for a small one."""
+        links = [
+            f'<li class="level-{level}"><a href="#section-{index}">{words}</a></li>'
+            for index, (level, words) in enumerate(self._headings, start=1)
+            if level in (2, 3)
+        ]
+        if len(links) < 2:
+            return ""
+        listed = f"<ol>{''.join(links)}</ol>"
+        return (
+            f'<nav class="contents margin" aria-label="Contents"><p>Contents</p>{listed}</nav>'
+            f'<details class="contents folded"><summary>Contents</summary>{listed}</details>'
+        )
+
+    def _number(self, heading: re.Match[str]) -> str:
+        level, inner = heading.groups()
+        self._headings.append((int(level), re.sub(r"<[^>]+>", "", inner).strip()))
+        return f'<h{level} id="section-{len(self._headings)}">{inner}</h{level}>'
 
 
 def _header(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """Word the facts of the header block."""
+    """Word the facts of the header block; a status that was read back may lack any of them."""
     run = notebook.metadata[METADATA_KEY]
-    facts = run["provenance"]
-    cells = [cell.metadata[METADATA_KEY] for cell in code_cells(notebook)]
-    counts = Counter(cell["status"] for cell in cells)
-    stopped = [cell["title"] for cell in cells if cell["number"] == run["error_cell"]]
-    commit = facts.get("git_commit")
-    if commit:
-        commit += " with uncommitted changes" if facts.get("git_dirty") else ""
-    else:
-        commit = f"- ({facts.get('missing', {}).get('git_commit', 'not recorded')})"
-    cores, memory = facts.get("cpu_usable_count"), facts.get("memory_bytes")
-    parts = [
-        facts.get("cpu_model"),
-        f"{cores} cores" if cores else None,
-        f"{memory / 2**30:.0f} GiB" if memory else None,
+    facts = run.get("provenance") if isinstance(run.get("provenance"), Mapping) else {}
+    parameters = run.get("parameters") if isinstance(run.get("parameters"), Mapping) else {}
+    states = [cell.metadata.get(METADATA_KEY, {}) for cell in code_cells(notebook)]
+    counts = Counter(state.get("status", CELL_NOT_RUN) for state in states)
+    stopped = [
+        state.get("title", "") for state in states if run.get("error_cell") and state.get("number") == run.error_cell
     ]
+    memory = number(run.get("peak_memory_bytes"))
+    rows = [
+        ("Notebook", run.get("stem")),
+        ("Run", run.get("run")),
+        ("Profile", run.get("profile")),
+        ("Started", time_words(run.get("started_utc"))),
+        ("Duration", duration_words(number(run.get("seconds")))),
+        ("Cells", ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"),
+        ("Peak memory", f"{memory / 2**30:.2f} GiB" if memory else None),
+        ("Commit", commit_words(facts)),
+        ("Python", facts.get("python")),
+        ("Machine", facts.get("platform")),
+        ("Processor", processor_words(facts)),
+    ]
+    left_over = run.get("left_over")
     return {
-        "error_title": "".join(stopped),
-        "duration": _duration(run["seconds"]),
-        "cell_counts": ", ".join(f"{count} {name}" for name, count in counts.items()),
-        "commit": commit,
-        "processor": ", ".join(part for part in parts if part),
+        "ending": text(run.get("status")) or CELL_NOT_RUN,
+        "title": title_of(notebook, str(run.get("stem"))),
+        "error_title": "".join(stopped[:1]),
+        "facts": [(name, value) for name, value in rows if value],
+        "parameters": [(name, _json(value)) for name, value in parameters.items()],
+        "provenance": list(provenance_rows(facts)),
+        "reused": reused_words(run),
+        "left_over": [str(process) for process in left_over] if isinstance(left_over, list) else [],
+        "contents_mark": _CONTENTS_MARK,
+        "ran": any(state.get("status", CELL_NOT_RUN) != CELL_NOT_RUN for state in states),
     }
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+def _svg_source(svg: str) -> str | None:
+    cleaned = clean_svg(svg)
+    return f"data:image/svg+xml;base64,{base64.b64encode(cleaned.encode()).decode()}" if cleaned else None
 
 
 def _code_colours() -> str:

@@ -6,10 +6,14 @@ their colours in a style block; its rules for the table's own id are kept, with 
 """
 
 # ruff: noqa: SIM905  -- word lists read better as words
+import base64
+import binascii
 import re
+from xml.etree import ElementTree
 
 import bleach
 import tinycss2
+import tinycss2.color3
 from bleach.css_sanitizer import CSSSanitizer
 from bs4 import BeautifulSoup
 
@@ -26,7 +30,38 @@ _PROPERTIES = frozenset(
 _ATTRIBUTES = frozenset("alt class colspan dir height id lang open rowspan scope start style title width".split())
 _STYLE_BLOCK = re.compile(r"<style[^>]*>(.*?)</style\s*>", re.IGNORECASE | re.DOTALL)
 _SCRIPT_BLOCK = re.compile(r"<script\b.*?</script\s*>", re.IGNORECASE | re.DOTALL)
-_CSS = CSSSanitizer(allowed_css_properties=_PROPERTIES, allowed_svg_properties=frozenset())
+_CSS_FUNCTION = re.compile(r"(?<![\w-])(?!(?:rgba?|hsla?)\()[\w-]*\(", re.IGNORECASE)
+# What a browser skips when it reads the scheme of a link.
+_BLANKS = re.compile(r"[\x00-\x20\x7f-\xa0\u200b-\u200f\u2028\u2029]")
+_SVG = "http://www.w3.org/2000/svg"
+_SVG_UNWANTED = frozenset("script foreignObject handler listener iframe audio video animate set".split())
+
+
+def _ink_on(background: str) -> str | None:
+    """Return the ink that can be read on a colour: the page's own is made for one that the reader's scheme decides."""
+    colour = tinycss2.color3.parse_color(background)
+    if not isinstance(colour, tinycss2.color3.RGBA) or colour.alpha < 0.5:
+        return None
+    brightness = 0.299 * colour.red + 0.587 * colour.green + 0.114 * colour.blue
+    return "#1c2128" if brightness > 0.5 else "#ffffff"
+
+
+class _Declarations(CSSSanitizer):
+    """The allowed properties, as long as their value can only be a colour, a length or a word."""
+
+    def sanitize_css(self, style: str) -> str:
+        kept: dict[str, str] = {}
+        for declaration in tinycss2.parse_blocks_contents(style, skip_comments=True, skip_whitespace=True):
+            if declaration.type == "declaration" and declaration.lower_name in _PROPERTIES:
+                value = tinycss2.serialize(declaration.value).strip()
+                if not re.search(r"[<>\\;{}]", value) and not _CSS_FUNCTION.search(value):
+                    kept[declaration.lower_name] = value
+        if "background-color" in kept and "color" not in kept and (ink := _ink_on(kept["background-color"])):
+            kept["color"] = ink
+        return " ".join(f"{name}: {value};" for name, value in kept.items())
+
+
+_CSS = _Declarations(allowed_css_properties=_PROPERTIES, allowed_svg_properties=frozenset())
 
 
 def clean_html(html: str) -> str:
@@ -47,9 +82,42 @@ def clean_html(html: str) -> str:
     return f"<style>{styles}</style>{cleaned}" if styles else cleaned
 
 
+def clean_svg(svg: str) -> str | None:
+    """Return a drawing without script, events, links out of it and what embeds other documents; None if it is no SVG.
+
+    A page shows it as an image, where nothing of this runs. Saved, or opened on its own, it would.
+    """
+    # Entities of its own can grow without end.
+    if re.search(r"<!ENTITY", svg, re.IGNORECASE):
+        return None
+    try:
+        root = ElementTree.fromstring(svg)
+    except (ElementTree.ParseError, ValueError):
+        return None
+    if root.tag.rpartition("}")[2] != "svg":
+        return None
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if not isinstance(child.tag, str) or child.tag.rpartition("}")[2] in _SVG_UNWANTED:
+                parent.remove(child)
+    for element in root.iter():
+        for name, value in list(element.attrib.items()):
+            plain, target = name.rpartition("}")[2].lower(), _BLANKS.sub("", value).lower()
+            loads = re.search(r"url\((?!['\"]?#)|expression\(|@import", target) is not None
+            if plain in ("href", "src"):
+                loads = not target.startswith(("#", "data:image/png;", "data:image/jpeg;"))
+            if plain.startswith("on") or loads:
+                del element.attrib[name]
+        if element.tag.rpartition("}")[2] == "style" and re.search(r"url\((?!['\"]?#)|@import", element.text or ""):
+            element.text = ""
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
 def _is_allowed(tag: str, name: str, value: str) -> bool:
     if name == "href":
-        return tag == "a" and not value.strip().lower().startswith("data:")
+        return tag == "a" and re.match(r"https?:|mailto:|[^:]*$", _BLANKS.sub("", value), re.IGNORECASE) is not None
     if name == "src":
         return tag == "img" and re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,", value) is not None
     return name in _ATTRIBUTES
@@ -71,6 +139,10 @@ def _clean_stylesheet(css: str) -> str:
 def _rework(html: str) -> str:
     """Box the tables, and say in words where a picture was that would have been loaded."""
     soup = BeautifulSoup(html, "html.parser")
+    for image in soup.find_all("img", src=re.compile("^data:image/svg")):
+        image["src"] = _clean_svg_source(image["src"])
+        if not image["src"]:
+            del image["src"]
     for image in soup.find_all("img", src=False):
         image.replace_with(f"[picture not embedded: {image.get('alt') or 'no description'}]")
     for table in soup.find_all("table"):
@@ -79,3 +151,11 @@ def _rework(html: str) -> str:
             # Reachable by keyboard, or what is out of sight stays there.
             table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
     return str(soup)
+
+
+def _clean_svg_source(source: str) -> str:
+    try:
+        svg = clean_svg(base64.b64decode(source.partition(",")[2], validate=True).decode("utf-8"))
+    except (binascii.Error, UnicodeDecodeError):
+        svg = None
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}" if svg else ""

@@ -23,6 +23,7 @@ WHEEL_TAGS = (
 _VERSIONS = re.compile(r"^Available versions: (.+)$", re.M)
 _WHEEL = re.compile(r"^ *Found link (\S+).*, version: (\S+)$", re.M)
 _STABLE = re.compile(r"(\d+(?:\.\d+)+)(?:\.post\d+)?")
+_SAFE = re.compile(r"https://|file://|http://(127\.0\.0\.1|localhost)[:/]")
 _asking = threading.Lock()
 
 
@@ -47,10 +48,15 @@ def versions() -> list[str]:
 
 
 def wheel_url(version: str) -> str | None:
-    """Where the wheel of a release lies; None if pip does not say."""
+    """Where the wheel of a release lies; None if pip does not say, or if only its own checks make it safe.
+
+    Reading parts of a wheel checks its files, not the hash that the index gives for the whole, so it wants a connection
+    that nobody can change on the way.
+    """
     try:
         # A link with a password is shown with stars in its place, and so leads nowhere: pip itself has to go there.
-        return next((url for url, found in _WHEEL.findall(_listing()) if found == version and "****" not in url), None)
+        links = (url for url, found in _WHEEL.findall(_listing()) if found == version)
+        return next((url for url in links if "****" not in url and _SAFE.match(url)), None)
     except IndexUnavailableError:
         return None
 

@@ -15,10 +15,12 @@ import hashlib
 import http.client
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +41,10 @@ KNOWN_RECORDS = {
     "0.16.0": "db56e43d9952d0fc584bb0a46abd10abb387e166c98072b378fb8de5fdfb0e8f",
     "0.32.0": "83b05358f56d9592273a645f0813e0ca8c0aa45defa5d0c4ad1c8e0cf01792b5",
 }
+
+
+LARGEST_FILE_BYTES = 64 * 2**20  # of one member; vLLM's largest Python file is a hundredth of it
+LARGEST_TREE_BYTES = 1024 * 2**20  # of all that is unpacked
 
 
 class ReleaseError(RuntimeError):
@@ -132,7 +138,7 @@ def _read_in_parts(version: str, folder: Path) -> bool:
             _unpack(wheel, folder)
         if KNOWN_RECORDS.get(version, record := verify(folder)) == record:
             return True
-    except (OSError, http.client.HTTPException, zipfile.BadZipFile, ReleaseError, ValueError):
+    except (OSError, http.client.HTTPException, ReleaseError, ValueError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     return False
@@ -152,13 +158,45 @@ def _download(version: str, folder: Path) -> Path:
 
 
 def _unpack(wheel: Path | BinaryIO, folder: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        (record,) = (name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
-        content = archive.read(record)
-        wanted = [archive.getinfo(name) for name, _ in _python_files(content.decode())]
-        for member in sorted(wanted, key=lambda member: member.header_offset):  # forwards only: parts are read once
-            archive.extract(member, folder)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            records = [name for name in archive.namelist() if name.endswith(".dist-info/RECORD")]
+            if len(records) != 1:
+                raise ReleaseError(f"the wheel has {len(records)} RECORDs instead of one")
+            content = archive.read(_bounded(archive.getinfo(records[0])))
+            wanted = _members(archive, [name for name, _ in _python_files(content.decode())])
+            for member in sorted(wanted, key=lambda member: member.header_offset):  # forwards only: parts are read once
+                path = folder / member.filename
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(member))
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+        raise ReleaseError(f"the wheel cannot be read: {error}") from error
     (folder / RECORD).write_bytes(content)  # written last: its presence says that the tree is whole
+
+
+def _members(archive: zipfile.ZipFile, names: list[str]) -> list[zipfile.ZipInfo]:
+    """Find the members to unpack, and refuse an archive that would write elsewhere, twice or without end."""
+    there, asked = Counter(archive.namelist()), Counter(names)
+    members = []
+    for name in names:
+        if "\\" in name or ":" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ReleaseError(f"the wheel names a file outside its folder: {name!r}")
+        if there[name] != 1 or asked[name] != 1:
+            raise ReleaseError(f"the wheel has {there[name]} files called {name!r} instead of one")
+        member = _bounded(archive.getinfo(name))
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise ReleaseError(f"the wheel has a link in place of the file {name!r}")
+        members.append(member)
+    if (size := sum(member.file_size for member in members)) > LARGEST_TREE_BYTES:
+        raise ReleaseError(f"the wheel would unpack to {size} bytes, more than any release of vLLM")
+    return members
+
+
+def _bounded(member: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    """Return a member of a size that is no attack; reading stops at the size that it states."""
+    if member.file_size > LARGEST_FILE_BYTES:
+        raise ReleaseError(f"the wheel's {member.filename} would unpack to {member.file_size} bytes")
+    return member
 
 
 def _python_files(record: str) -> list[tuple[str, str]]:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work that each cell would do alike, done once before the first: faster answers, and none that differ.
+
+Most of a cell's time goes into importing AITER, which has to stay an event of the cell. What can go before it are a
+tenth of a second for tables that AITER never fills otherwise, and text that is read and thrown away.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import inspect
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+
+_FOLDER = ("jit", "utils")  # of AITER, from where it imports `hipify` as a top-level package
+_TABLES, _LAST = "hipify", "hipify.hipify_python"  # PyTorch's translation of CUDA's names into HIP's; imports the rest
+
+
+def prepare() -> None:
+    """Do it all, in a process that has neither vLLM nor AITER."""
+    inspect.getmodule(prepare.__code__)  # it looks through every module; what it learns here, children know already
+    if library := sys.modules.get("torch._library.utils"):
+        library.get_source = _source
+    if (aiter := importlib.util.find_spec("aiter")) and aiter.origin:
+        _hold_tables(Path(aiter.origin).parent.joinpath(*_FOLDER))
+
+
+def _source(stacklevel: int) -> str:
+    """The caller's file and line, as torch notes for each operator; its own function also reads the lines around it."""
+    frame = inspect.getframeinfo(sys._getframe(stacklevel), context=0)
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def _hold_tables(folder: Path) -> None:
+    if _TABLES in sys.modules or not (folder / _TABLES).is_dir():
+        return
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.import_module(_LAST)
+    except Exception:
+        return  # another AITER: cells import what it has
+    finally:
+        sys.path.remove(str(folder))
+        held = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == _TABLES}
+    sys.meta_path.insert(0, _Held(held))
+
+
+class _Held(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Hands out modules that have been executed already, to imports that would find the same files."""
+
+    def __init__(self, modules: dict[str, ModuleType]) -> None:
+        self.modules = modules
+        self.specs = {name: module.__spec__ for name, module in modules.items()}
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in self.modules:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.origin == self.specs[fullname].origin:
+            spec.loader = self
+        return spec
+
+    def create_module(self, spec):
+        return self.modules[spec.name]
+
+    def exec_module(self, module) -> None:
+        module.__spec__ = self.specs[module.__name__]  # the import system has put that of this finder there
+        if module.__name__ == _LAST:
+            for name, other in self.modules.items():
+                sys.modules.setdefault(name, other)  # what it imports

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lay two sets of records side by side: a run, one notebook's folder, one record, or the reference records."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiterlab.records import RECORD_NAME
+from aiterlab.suite import judgement, status
+from aiterlab.suite.judgement import CellChange, Judgement, Verdict
+from aiterlab.suite.parameters import unknown
+from aiterlab.suite.results import Entry, read_entry, read_json, read_run, text
+
+REFERENCE = "reference"
+LATEST = "latest"
+_NOT_THE_ENVIRONMENT = frozenset({"utc", "missing"})
+
+
+class SourceError(ValueError):
+    """Something that is named for a comparison and cannot be one side of it; one line."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side of a comparison offers."""
+
+    name: str
+    entries: Mapping[str, Entry]
+    references: tuple[Mapping[str, Any], ...] = ()  # several machines' records of one notebook; the other side decides
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One notebook in both sides."""
+
+    stem: str
+    obstacle: str | None = None  # why nothing of it can be compared
+    endings: tuple[str, str] | None = None
+    findings: tuple[str | None, str | None] = (None, None)
+    parameters: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    environment: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    judgements: tuple[Judgement, ...] = ()
+    cells: tuple[CellChange, ...] = ()
+    cell_counts: tuple[int, int, int] = (0, 0, 0)  # asked in both, in the first alone, in the second alone
+
+    @property
+    def ending_verdict(self) -> Verdict:
+        """How the second ending stands to the first."""
+        before, after = (ending == status.OK for ending in self.endings or ("", ""))
+        if before == after:
+            return Verdict.SAME if self.endings else Verdict.NOT_COMPARABLE
+        return Verdict.BETTER if after else Verdict.WORSE
+
+    @property
+    def counts(self) -> Counter[Verdict]:
+        """How many comparisons ended in which verdict: metrics, answers, and the ending."""
+        counts = Counter(judged.verdict for judged in self.judgements)
+        counts.update(change.verdict for change in self.cells)
+        counts[Verdict.SAME] += self.cell_counts[0] - len(self.cells)
+        if self.endings:
+            counts[self.ending_verdict] += 1
+        return counts
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides, notebook by notebook."""
+
+    first: str
+    second: str
+    notebooks: tuple[Notebook, ...]
+
+    @property
+    def counts(self) -> Counter[Verdict]:
+        """The verdicts of all notebooks together."""
+        return sum((notebook.counts for notebook in self.notebooks), Counter())
+
+    @property
+    def verdict(self) -> Verdict:
+        """Worse if anything is; else better if anything is; same; not comparable if nothing could be compared."""
+        order = (Verdict.WORSE, Verdict.BETTER, Verdict.SAME)
+        return next((verdict for verdict in order if self.counts[verdict]), Verdict.NOT_COMPARABLE)
+
+
+def find_side(name: str, results: Path) -> Side:
+    """Return what `name` means: a run's folder or name, a notebook's folder, a record, `latest` or `reference`.
+
+    Raises SourceError, in one line with the mend, if it means nothing.
+    """
+    if name == REFERENCE:
+        return reference_side(results)
+    path = Path(name)
+    if not path.exists() and not path.is_absolute() and (results / name).exists():
+        path = results / name
+    if path.name == LATEST and path.is_file():  # where links cannot be made, a file names the run
+        path = path.parent / path.read_text(encoding="utf-8").strip()
+    if path.is_file():
+        return _record_side(name, path)
+    if not path.is_dir():
+        known = [REFERENCE, LATEST, *(sorted(os.listdir(results)) if results.is_dir() else [])]
+        raise SourceError(f"{unknown('no such run, folder or record', name, known)}")
+    if (path / RECORD_NAME).is_file() or (path / status.STATUS_NAME).is_file():
+        return Side(name, {path.resolve().name: read_entry(path.resolve())})
+    run = read_run(path.resolve())
+    if not run.entries:
+        records = sorted(path.glob(f"*/{RECORD_NAME}"))
+        if not records:
+            raise SourceError(f"{name}: holds neither a run nor a record; name a folder that run_all.py has left")
+        return Side(name, {record.parent.name: read_entry(record.parent) for record in records})
+    return Side(run.name, {entry.stem: entry for entry in run.entries})
+
+
+def reference_side(results: Path) -> Side:
+    """Return the reference records, those of every machine."""
+    found = [read_json(path)[0] for path in sorted((results / REFERENCE).rglob(RECORD_NAME))]
+    return Side(REFERENCE, {}, tuple(record for record in found if record))
+
+
+def compare_sides(first: Side, second: Side) -> Comparison:
+    """Compare what both sides have; raises SourceError if both are the reference."""
+    if first.references and second.references:
+        raise SourceError("the reference compared with itself is always the same; name a run for one side")
+    stems = dict.fromkeys([*first.entries, *second.entries])
+    return Comparison(first.name, second.name, tuple(_compare(stem, first, second) for stem in stems))
+
+
+def _compare(stem: str, first: Side, second: Side) -> Notebook:
+    sides = [_entry(stem, side, other) for side, other in ((first, second), (second, first))]
+    older, newer = sides
+    endings = None
+    if older and newer and older.status and newer.status:
+        endings = (older.ending, newer.ending)
+    for entry, which, side in ((older, "first", first), (newer, "second", second)):
+        if entry is None:
+            words = "the reference has no record of this class of machine" if side.references else f"not in the {which}"
+            return Notebook(stem, obstacle=words)
+        if entry.record is None:
+            return Notebook(stem, obstacle=f"record of the {which}: {entry.record_problem}", endings=endings)
+    before, after = older.record, newer.record
+    stems = [text(record.get("stem")) for record in (before, after)]
+    if stems[0] != stems[1]:
+        return Notebook(stem, obstacle=f"records of two notebooks: {stems[0]} and {stems[1]}")
+    return Notebook(
+        stem,
+        endings=endings,
+        findings=(text(before.get("finding")), text(after.get("finding"))),
+        parameters=judgement.changed_parameters(before, after),
+        environment=_changed_environment(before, after),
+        judgements=tuple(judgement.judge_metrics(before, after)),
+        cells=tuple(judgement.judge_cells(before, after)),
+        cell_counts=judgement.count_cells(before, after),
+    )
+
+
+def _entry(stem: str, side: Side, other: Side) -> Entry | None:
+    if not side.references:
+        return side.entries.get(stem)
+    record = other.entries[stem].record or {}
+    chosen = _reference_of(stem, record, side.references)
+    return Entry(stem, Path(REFERENCE), record=chosen) if chosen else None
+
+
+def _reference_of(stem: str, record: Mapping[str, Any], references: Iterable[Mapping[str, Any]]) -> Mapping | None:
+    """Choose the reference of the same machine, else of the same class; a described machine's answers fit any."""
+    candidates = [reference for reference in references if reference.get("stem") == stem]
+    machine = judgement.machine_of(record)
+    choices = (
+        [found for found in candidates if judgement.machine_of(found) == machine],
+        [found for found in candidates if judgement.machine_of(found)[:-2] == machine[:-2]],
+        [found for found in candidates if found.get("machine_simulated") is True],
+    )
+    return next((found[0] for found in choices if found), None)
+
+
+def _record_side(name: str, path: Path) -> Side:
+    record, problem = read_json(path)
+    if record is None:
+        raise SourceError(f"{name}: {problem}; name a record.json that a notebook has saved")
+    stem = text(record.get("stem"))
+    if stem is None:
+        raise SourceError(f"{name}: no record of a notebook: it names no stem")
+    return Side(name, {stem: Entry(stem, path.parent, record=record)})
+
+
+def _changed_environment(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    older, newer = (_flatten(record.get("provenance")) for record in (before, after))
+    for flat, record in ((older, before), (newer, after)):
+        flat["machine_simulated"] = record.get("machine_simulated")
+    names = dict.fromkeys([*older, *newer])
+    return {name: (older.get(name), newer.get(name)) for name in names if older.get(name) != newer.get(name)}
+
+
+def _flatten(facts: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in (facts if isinstance(facts, Mapping) else {}).items():
+        if not prefix and name in _NOT_THE_ENVIRONMENT:
+            continue
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

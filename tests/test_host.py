@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine, read from the files of drivers and cgroups as they look on other machines."""
+
+import pytest
+
+from aiterlab import host
+
+INSTINCT = "cpu_cores_count 0\nsimd_count 1216\ngfx_target_version 90402\ndrm_render_minor 128\n"
+SMI = '#!/bin/sh\necho "NVIDIA H200, 143771, 9.0, 580.82.07"\necho "NVIDIA H200, 143771, 9.0, 580.82.07"\n'
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """A machine without anything, in the role of this one."""
+    monkeypatch.setattr(host, "_SYSTEM", tmp_path / "system")
+    return tmp_path / "system"
+
+
+def test_a_machine_without_a_gpu_has_none_rather_than_an_unknown_number(system):
+    missing = {}
+    facts = host.gpus(missing)
+    assert (facts["accelerators"], facts["gpu_count"], facts["gpu_driver"]) == ([], 0, None)
+    assert missing == {"gpu_driver": host.NO_GPU}
+
+
+def test_nvidia_gpus_are_asked_of_the_driver(system, tmp_path, monkeypatch):
+    write(system, "proc/driver/nvidia/version", "NVRM version")
+    write(tmp_path, "bin/nvidia-smi", SMI).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    missing = {}
+    assert host.gpus(missing) == {
+        "accelerators": ["NVIDIA H200"] * 2,
+        "gpu_count": 2,
+        "gpu_memory_bytes": [143771 * 2**20] * 2,
+        "gpu_architectures": ["sm_90"] * 2,
+        "gpu_driver": "NVIDIA 580.82.07",
+    }
+    assert missing == {}
+
+
+@pytest.mark.parametrize("program", [None, "#!/bin/sh\nexit 9\n", "#!/bin/sh\necho nonsense\n"])
+def test_a_driver_that_does_not_answer_leaves_nulls_with_the_reason(system, tmp_path, monkeypatch, program):
+    write(system, "proc/driver/nvidia/version", "NVRM version")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    if program:
+        write(tmp_path, "bin/nvidia-smi", program).chmod(0o755)
+    missing = {}
+    facts = host.gpus(missing)
+    assert facts["accelerators"] is None and facts["gpu_count"] is None
+    assert missing["accelerators"].startswith("the GPU driver does not answer: ")
+
+
+def test_amd_gpus_are_read_from_the_kernel_driver(system):
+    nodes = "sys/class/kfd/kfd/topology/nodes"
+    write(system, f"{nodes}/0/properties", "cpu_cores_count 96\nsimd_count 0\ngfx_target_version 0\n")
+    write(system, f"{nodes}/2/properties", INSTINCT)
+    write(system, f"{nodes}/10/properties", "gfx_target_version 90010\ndrm_render_minor 129\n")
+    write(system, "sys/class/drm/renderD128/device/product_name", "AMD Instinct MI300X OAM\n")
+    write(system, "sys/class/drm/renderD128/device/mem_info_vram_total", f"{192 * 2**30}\n")
+    write(system, "sys/module/amdgpu/version", "6.16.6\n")
+    assert host.gpus({}) == {
+        "accelerators": ["AMD Instinct MI300X OAM", "AMD gfx90a"],
+        "gpu_count": 2,
+        "gpu_memory_bytes": [192 * 2**30, None],
+        "gpu_architectures": ["gfx942", "gfx90a"],
+        "gpu_driver": "amdgpu 6.16.6",
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores", "memory"),
+    [
+        ("0::/a/b", {"a/memory.max": "1000", "a/b/memory.max": "max", "a/b/cpu.max": "150000 100000"}, 1.5, 1000),
+        ("0::/", {"memory.max": "2000", "cpu.max": "max 100000"}, None, 2000),
+        (
+            "4:cpu,cpuacct:/c\n3:memory:/c",
+            {
+                "memory/c/memory.limit_in_bytes": "3000",
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "cpu/c/cpu.cfs_quota_us": "200000",
+                "cpu/c/cpu.cfs_period_us": "100000",
+            },
+            2.0,
+            3000,
+        ),
+        ("", {}, None, None),
+    ],
+    ids=["version 2", "in a container", "version 1", "none"],
+)
+def test_the_limits_of_a_container_are_facts_of_the_machine(system, groups, files, cores, memory):
+    write(system, "proc/self/cgroup", groups)
+    for name, text in files.items():
+        write(system, f"sys/fs/cgroup/{name}", text + "\n")
+    missing = {}
+    facts = host.processor(missing)
+    assert (facts["cpu_limit_cores"], facts["memory_limit_bytes"]) == (cores, memory)
+    assert ("memory_limit_bytes" in missing) == (memory is None)
+    assert facts["cpu_count"] >= facts["cpu_usable_count"] >= 1 and facts["memory_bytes"] > 2**28
