@@ -66,6 +66,7 @@ ROWS = (
         needs="any CPU, 4 GB memory; full: a GPU, 16 GB of its memory",
         memory_gb=4,
         measures_time="on a GPU",
+        resources={"full": {"gpu": 1}},
         profiles={
             "smoke": {
                 "profile": "smoke",
@@ -85,7 +86,8 @@ ROWS = (
         needs="any CPU, 8 GB memory; full: a GPU, 80 GB of its memory",
         memory_gb=8,
         measures_time="always",
-        reads=("models",),
+        reads=("models", "results/reference"),
+        resources={"full": {"gpu": 1}},
         profiles={
             "smoke": {
                 "profile": "smoke",

@@ -11,6 +11,8 @@ from pathlib import Path
 RUN_DIR_VARIABLE = "AITERLAB_RUN_DIR"
 CACHE_VARIABLE = "AITERLAB_CACHE"
 STARTED_IN_VARIABLE = "AITERLAB_STARTED_IN"
+CELLS_NAME = "cells"
+SOURCE_NAME = "source.json"  # what git said of this code, where it lies without its repository
 
 
 def project_root() -> Path:
@@ -20,7 +22,8 @@ def project_root() -> Path:
     user expects `results/` to appear.
     """
     here = Path.cwd()
-    for folder in (Path(__file__).resolve().parents[2], here, *here.parents):
+    # In a checkout the package lies in lib/, in a copy that travelled at the top, where Ray's workers import from.
+    for folder in (*Path(__file__).resolve().parents[1:3], here, *here.parents):
         if (folder / "run_all.py").is_file():
             return folder
     return here
@@ -74,6 +77,6 @@ def output_dir(stem: str) -> Path:
 def cells_dir() -> Path:
     """Return, created, the folder that keeps the answers of this run's probes, shared by its notebooks."""
     run = os.environ.get(RUN_DIR_VARIABLE)
-    folder = (Path(run) if run else results_dir() / "interactive") / "cells"
+    folder = (Path(run) if run else results_dir() / "interactive") / CELLS_NAME
     folder.mkdir(parents=True, exist_ok=True)
     return folder

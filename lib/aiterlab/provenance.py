@@ -4,7 +4,9 @@
 `collect` answers for the process that calls it. What cannot be known is null, and `missing` says why.
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import platform
 import re
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aiterlab import host
-from aiterlab.paths import RUN_DIR_VARIABLE, STARTED_IN_VARIABLE, project_root
+from aiterlab.paths import RUN_DIR_VARIABLE, SOURCE_NAME, STARTED_IN_VARIABLE, project_root
 from aiterlab.security import MASK, is_secret_name, scrub, scrub_tree
 
 __all__ = ["MASK", "collect", "is_secret_name", "missing_for_full", "resolved", "scrub", "scrub_tree"]
@@ -162,6 +164,8 @@ def _git(missing: dict[str, str]) -> dict[str, Any]:
     """Return commit and changes of the project's own repository, never of one that happens to lie around it."""
     unknown = {"git_commit": None, "git_dirty": None, "git_diff_sha256": None}
     root = project_root()
+    with contextlib.suppress(OSError, ValueError):
+        return unknown | json.loads((root / SOURCE_NAME).read_text(encoding="utf-8"))
     try:
         if not (root / ".git").exists():
             raise LookupError("the project is not a git repository of its own")

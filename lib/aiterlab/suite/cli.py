@@ -8,14 +8,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import IO
 
 from aiterlab import paths, provenance, security
-from aiterlab.suite import bundle, compare, console, environment, pages, room, runs, status
+from aiterlab.suite import bundle, compare, console, environment, pages, room, runs, schedule, status
+from aiterlab.suite.job import Job
 from aiterlab.suite.parameter_file import read_parameter_file
 from aiterlab.suite.parameters import ParameterError
 from aiterlab.suite.runs import Row
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
     results = options.results or paths.results_dir()
     only = [stem.strip() for names in options.only for stem in names.split(",") if stem.strip()]
     try:
-        if options.environment:
+        if options.environment and not options.on:
             environment.require(options.environment)
         given = read_parameter_file(options.parameters, [row.stem for row in rows]) if options.parameters else {}
         run = runs.old_run(results, options.resume) if options.resume else None
@@ -79,11 +80,13 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
         if options.list:
             console.print_list(plans)
             return EXIT_OK
-        if asked["profile"] == "full" and (missing := provenance.missing_for_full(provenance.collect())):
+        local_full = asked["profile"] == "full" and not options.on  # a node says for itself whether it can
+        if local_full and (missing := provenance.missing_for_full(provenance.collect())):
             raise ParameterError(f"profile full: a number without its origin is none; missing: {'; '.join(missing)}")
-        run = replace(run or runs.new_run(results, asked["profile"]), **asked)
-        with runs.held(run), _terminable(), room.reserved(run.folder, _ROOM_BYTES) as held:
-            return _run(plans, run, options, held)
+        with _elsewhere(plans, asked["profile"], options) as start:
+            run = replace(run or runs.new_run(results, asked["profile"]), **asked)
+            with runs.held(run), _terminable(), room.reserved(run.folder, _ROOM_BYTES) as held:
+                return _run(plans, run, options, held, start)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (ParameterError, OSError) as error:
@@ -91,14 +94,35 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
         return EXIT_BAD_INPUT
 
 
-def _run(plans: Sequence[runs.Plan], run: runs.Run, options: argparse.Namespace, held: IO[bytes]) -> int:
+@contextlib.contextmanager
+def _elsewhere(
+    plans: Sequence[runs.Plan], profile: str, options: argparse.Namespace
+) -> Iterator[Callable[[Job], schedule.Running] | None]:
+    """Yield what starts a notebook on the cluster that was asked for; None on this machine."""
+    if options.on is None:
+        yield None
+        return
+    from aiterlab.suite import cluster
+
+    with cluster.connect(options.on, plans, profile=profile, stack=options.environment) as found:
+        yield found.start
+
+
+def _run(
+    plans: Sequence[runs.Plan],
+    run: runs.Run,
+    options: argparse.Namespace,
+    held: IO[bytes],
+    start: Callable[[Job], schedule.Running] | None,
+) -> int:
     began = monotonic()
     run.save(plans, status.INTERRUPTED, None, None)
     runs.point_latest(run.folder)
     outcomes: list[status.NotebookStatus] = []
     say = console.say
+    how = {"at_once": options.at_once, "fail_fast": options.fail_fast, "start": start}
     try:
-        for outcome in runs.run_plans(plans, run, say, at_once=options.at_once, fail_fast=options.fail_fast):
+        for outcome in runs.run_plans(plans, run, say, **how):
             outcomes.append(outcome)
     except KeyboardInterrupt:
         pass  # a second Ctrl-C: fewer outcomes than plans
@@ -173,6 +197,11 @@ def _parser() -> argparse.ArgumentParser:
         "--environment",
         metavar="STACK",
         help="refuse to run unless this is the stack: cpu, cuda or rocm (default: any)",
+    )
+    parser.add_argument(
+        "--on",
+        metavar="CLUSTER",
+        help="run on a Ray cluster that is there: ray (named by RAY_ADDRESS, or on this machine), or ray://HOST:PORT",
     )
     parser.add_argument("--list", action="store_true", help="list notebooks and parameters, and run nothing")
     parser.add_argument(

@@ -22,6 +22,7 @@ from aiterlab.suite.streams import LONGEST_CHARACTERS, shorten
 EXECUTED_NAME = "executed.ipynb"
 LIMIT_BYTES = 1_000_000
 MOST_OUTPUTS = 200  # of one cell
+_LEFT_OUT = "is left out of this copy; report.html shows it"
 _SHORT_BYTES = 200  # about what a note takes that stands for an output
 # What is shown somewhere. Scripts, widgets and what nobody knows stay out.
 _PIXELS = ("image/png", "image/jpeg", "image/gif", "image/webp")
@@ -47,6 +48,11 @@ def write_executed(notebook: NotebookNode, path: Path) -> None:
     while (excess := len(text.encode()) - LIMIT_BYTES + 1) > 0 and _leave_out_largest(copy, excess):
         text = nbformat.writes(copy)
     atomic_write_text(path, text + "\n")
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether the executed copy at `path` has every output, so that its report can be rendered from it."""
+    return _LEFT_OUT not in path.read_text(encoding="utf-8")
 
 
 def _fit_outputs(outputs: list[Any]) -> list[NotebookNode]:
@@ -132,9 +138,7 @@ def _leave_out_largest(notebook: NotebookNode, excess: int) -> bool:
     for size, cell, place in found:
         if excess <= 0:
             break
-        cell.outputs[place] = _note(
-            f"[an output of {size / 1000:.1f} kB is left out of this copy; report.html shows it]"
-        )
+        cell.outputs[place] = _note(f"[an output of {size / 1000:.1f} kB {_LEFT_OUT}]")
         excess -= size - _SHORT_BYTES
     return bool(found)
 

@@ -22,6 +22,7 @@ class Job:
     cell_budget_s: float = math.inf
     heartbeat_s: float = 30.0
     key: Mapping[str, str] | None = None  # `resume.key`: what the result will depend on
+    node: Mapping[str, Any] | None = None  # where on a cluster it runs
 
     @property
     def stem(self) -> str:

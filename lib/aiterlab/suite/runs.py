@@ -17,6 +17,7 @@ from typing import Any
 
 from aiterlab import provenance, records
 from aiterlab.suite import gpus, hold, resume, schedule, status, warm, worker
+from aiterlab.suite.executed import EXECUTED_NAME, is_whole
 from aiterlab.suite.job import Job
 from aiterlab.suite.parameters import (
     Parameter,
@@ -26,6 +27,7 @@ from aiterlab.suite.parameters import (
     read_parameters,
     unknown,
 )
+from aiterlab.suite.report import rebuild_report
 
 LATEST_NAME = "latest"
 RUN_NAME = "run.json"
@@ -45,6 +47,8 @@ class Row:
     measures_time: str = "never"  # always, on a GPU, never: while it does, nothing else runs
     budget_minutes: float = 60.0  # the wall clock after which the notebook is stopped
     cell_budget_minutes: float = 60.0  # and that of each of its cells
+    # what it asks of a Ray cluster beside memory, by profile: cpu (2 unless said), gpu, or what its nodes declare
+    resources: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,13 @@ def point_latest(run_dir: Path) -> None:
 
 
 def run_plans(
-    plans: Sequence[Plan], run: Run, say: Callable[[str], None], *, at_once: int = 0, fail_fast: bool = False
+    plans: Sequence[Plan],
+    run: Run,
+    say: Callable[[str], None],
+    *,
+    at_once: int = 0,
+    fail_fast: bool = False,
+    start: Callable[[Job], schedule.Running] | None = None,
 ) -> Iterator[status.NotebookStatus]:
     """Run the plans as a graph, yielding each ending as it comes; a failure does not stop the rest, an interrupt does.
 
@@ -187,13 +197,21 @@ def run_plans(
         plans: what to run, in the order in which it is preferred.
         run: where the results go, and whether those that are there may stay.
         say: gets each line of progress.
-        at_once: notebooks at the same time; 0 for one per usable core.
+        at_once: notebooks at the same time; 0 for one per usable core, or for as many as there are elsewhere.
         fail_fast: skip what has not begun when one has failed.
+        start: starts a notebook elsewhere, where others see to memory, cores and quiet.
     """
     facts = provenance.collect()
-    start = worker.fork if warm.preload(shared=len(plans) > 1) else worker.spawn
-    nodes = [_node(plan, run, facts, say) for plan in plans]
-    graph = schedule.Graph(nodes, start, at_once or facts["cpu_usable_count"], say, _account, fail_fast)
+    limit = at_once or facts["cpu_usable_count"]
+    if start is not None:
+        # Of this machine nothing counts but the code; a result from elsewhere is not one from here.
+        code = {name: value for name, value in facts.items() if name.startswith("git_")}
+        nodes = [replace(_node(plan, run, code, say), memory_bytes=0, alone=False) for plan in plans]
+        limit = at_once or len(nodes)
+    else:
+        start = worker.fork if warm.preload(shared=len(plans) > 1) else worker.spawn
+        nodes = [_node(plan, run, facts, say) for plan in plans]
+    graph = schedule.Graph(nodes, start, limit, say, _account, fail_fast)
     yield from graph.run()
 
 
@@ -230,6 +248,8 @@ def _reused(found: status.NotebookStatus, job: Job, say: Callable[[str], None]) 
     found.reused_from = found.reused_from or found.run
     found.reused_since_utc = found.reused_since_utc or found.ended_utc
     found.save(job.folder)
+    if is_whole(job.folder / EXECUTED_NAME):
+        rebuild_report(job.folder)
     say(f"{job.stem}  unchanged since {found.reused_since_utc}; its result is reused")
     return found
 

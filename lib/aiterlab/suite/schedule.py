@@ -24,7 +24,7 @@ _TICK_S = 0.2
 
 
 class Running(Protocol):
-    """A notebook at work somewhere: `worker.Worker` on this machine, `cluster.Task` on another one."""
+    """A notebook at work somewhere: `worker.Worker` on this machine, `task.Task` on another one."""
 
     job: Job
     pipe: int

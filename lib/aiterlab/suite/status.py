@@ -73,6 +73,7 @@ class NotebookStatus:
     key: dict[str, str] | None = None  # hashes of all that the result depends on; None where it cannot be reused
     reused_from: str | None = None  # the run that computed this, where it is not the one that shows it
     reused_since_utc: str | None = None
+    node: dict[str, Any] | None = None  # on a cluster: the node's id, what was asked of it, and at which attempt
     cells: list[CellStatus] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -122,6 +123,7 @@ def of(job: Job) -> NotebookStatus:
         started_utc=utc_now(),
         provenance=dict(job.provenance),
         key=dict(job.key) if job.key is not None else None,
+        node=dict(job.node) if job.node is not None else None,
     )
 
 
