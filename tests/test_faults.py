@@ -137,10 +137,12 @@ def endings(request, tmp_path_factory):
     return bench.run("--at-once", "4")
 
 
-@pytest.mark.parametrize("stem", ENDINGS)
+@pytest.mark.parametrize(
+    ("endings", "stem"),
+    [(way, stem) for way in WAYS for stem in ENDINGS if way == "fork" or stem in SPAWNED],
+    indirect=["endings"],
+)
 def test_every_ending_is_told_truly(endings, stem):
-    if stem not in endings.bench.rows:
-        pytest.skip("told by the other way")
     _, _, word, cells, reason = ENDINGS[stem]
     check_notebook(endings.folder / stem, word, cells, reason, f"{stem} ({endings.bench.way})")
     assert any(line.split()[:2] == [stem, word] for line in endings.text.splitlines()), endings.text
@@ -537,7 +539,7 @@ def test_a_disk_that_fills_up_is_told_of_and_nothing_is_half_written(tmp_path, s
     check_notebook(run.folder / "swallows", "ok", ["ok"] * 3, case=f"disk fills unnoticed ({way})")
 
 
-@pytest.mark.parametrize("left", [0, 30_000, 4_000_000])
+@pytest.mark.parametrize("left", [0, 4_000_000])
 def test_a_full_disk_begins_nothing(tmp_path, small_disk, left):
     bench = Bench(tmp_path, "fork", small_disk / "results")
     bench.add("01_a", "1")
@@ -556,8 +558,8 @@ def test_a_full_disk_begins_nothing(tmp_path, small_disk, left):
 
 @pytest.mark.parametrize(
     ("shell", "said"),
-    [('"$@" | head -1', 1), ('"$@" >&-', 0), ('"$@" <&- >&- 2>&-', 0), ('"$@" > /dev/full', 0)],
-    ids=["head", "closed", "all_closed", "full"],
+    [('"$@" | head -1', 1), ('"$@" <&- >&- 2>&-', 0), ('"$@" > /dev/full', 0)],
+    ids=["head", "closed", "full"],
 )
 def test_a_run_outlives_whoever_reads_its_lines(tmp_path, shell, said):
     bench = Bench(tmp_path)

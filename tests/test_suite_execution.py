@@ -300,3 +300,8 @@ def test_titles_come_from_headings_comments_and_code():
     titles = [cell.title for cell in status.list_cells(notebook)]
     assert titles == ["x = 1", "Only a comment", "Look at it", "Look at it: Draw"]
     assert status.title_of(notebook, "01_x") == "Does it work?"
+
+
+def test_no_process_pays_for_a_grammar_of_addresses(run_python):
+    """nbformat takes two seconds longer where jsonschema finds the package that compiles it."""
+    run_python("import sys, aiterlab.suite.cli, nbformat; assert 'lark' not in sys.modules; nbformat.validate")

@@ -7,6 +7,12 @@ from which `bundle` writes a run's index, summary and samples, and `compare` jud
 kernel or vLLM.
 """
 
-from aiterlab.suite.notebook_parameters import check_parameters
+import sys
+
+# nbformat imports jsonschema, which imports this where it is installed: a grammar of international addresses that takes
+# two seconds to compile, in every process. jsonschema does without it.
+sys.modules.setdefault("rfc3987_syntax", None)
+
+from aiterlab.suite.notebook_parameters import check_parameters  # noqa: E402
 
 __all__ = ["check_parameters"]
