@@ -285,16 +285,19 @@ def test_the_reads_of_an_import_decide_whether_it_can_be_shared(monkeypatch):
 
 def test_machines_with_aiter_and_without_begin_in_one_base(cell, tmp_path):
     cells = telling_cells(tmp_path, settings=12)[::3]
-    for name in ("plain", "switched"):
-        file = cells[0].tree.source / f"{name}.py"
-        file.write_text(file.read_text() + f"import importlib.util\nFOUND_{name} = importlib.util.find_spec('aiter')\n")
-    told_of = cells[0].tree.source / "engine" / "arg_utils.py"
-    told_of.write_text(told_of.read_text().replace("told = [", "told = [vllm.plain.FOUND_plain is not None, "))
-    beside = [replace(c, machine=replace(c.machine, aiter=True)) for c in cells]
-    rows = ask(cells + beside, workers=1, timeout_s=20)
-    assert [told(row).partition(",")[0] for row in rows] == ["[False"] * len(cells) + ["[True"] * len(beside)
-    assert len(importers(cells, "plain")) > len(cells), "what looks for AITER is left to the groups"
-    assert len({row["began_with"]["base"] for row in rows if row["began_with"]}) < 5
+    for file, text, more in (
+        ("switched.py", "SEEN", "import importlib.util\nFOUND = importlib.util.find_spec('aiter') is not None\nSEEN"),
+        ("engine/arg_utils.py", "told = [", "told = [vllm.switched.FOUND, "),
+    ):
+        path = cells[0].tree.source / file
+        path.write_text(path.read_text().replace(text, more, 1))
+    pairs = [replace(c, machine=replace(c.machine, aiter=present)) for c in cells for present in (False, True)]
+    rows = ask(pairs, workers=1, timeout_s=20)
+    assert [told(row).partition(",")[0] for row in rows] == ["[False", "[True"] * len(cells)
+    assert len(importers(cells, "switched")) == len(pairs) + 1, "what looks for AITER is tried once, and left to groups"
+    assert len(importers(cells, "plain")) < len(pairs)
+    with_it, without = ({row["began_with"]["base"] for row in rows if row["aiter"] == a} for a in ("present", "absent"))
+    assert with_it & without, "one base for both"
 
 
 SABOTAGE = {

@@ -31,7 +31,7 @@ def run(path, *settings):
     plans = runs.plan_runs(
         [Row("01_x", 1, "a CPU", {"smoke": {}})], path.parent, profile="smoke", settings=list(settings)
     )
-    (outcome,) = runs.run_plans(plans, path.parent, "smoke", say=lambda line: None)
+    (outcome,) = runs.run_plans(plans, runs.Run(path.parent, "smoke"), say=lambda line: None)
     return outcome, nbformat.read(path.parent / "01_x" / "executed.ipynb", 4)
 
 
