@@ -18,6 +18,8 @@ from fault_runs import TABLE, WAYS, Bench, check_notebook, check_run
 
 from aiterlab.suite import resume, status
 
+pytestmark = pytest.mark.long  # whole runs, some minutes: `make test ARGS="-m long tests/test_faults.py"`
+
 SAVE = """\
 from aiterlab.records import save_record
 save_record({stem!r}, {{"finding": "It is so."}}, parameters=None)"""
