@@ -27,7 +27,7 @@ def context() -> str:
     """All that an answer depends on besides the cell: this code, the packages, the interpreter."""
     digest = hashlib.sha256(f"{sys.version}\n{versions()}".encode())
     package = Path(__file__).parents[1]
-    for part in ("machines", "probes", "trees", "attention", "hotfix.py", "policy.py", "importing.py"):
+    for part in ("machines", "probes", "trees", "attention", "hotfix.py", "policy.py", "importing.py", "children.py"):
         path = package / part
         for source in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if (source.suffix == ".py" and source.name not in _READERS) or source.parent.name == "bin":

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import select
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_PR_SET_PDEATHSIG = 1
+from aiterlab import children
+
 _CHECK_S = 0.05  # a process may be gone although something that it started still holds its pipe
-_libc = ctypes.CDLL(None)
 _begun: int | None = None  # this process's end of the pipe to the one that forked it
 
 
@@ -80,26 +78,20 @@ def fork(run: Callable[[], None], log: str | None = None, start: str | None = No
         with contextlib.suppress(OSError):  # both sides make the group, so that neither has to wait for the other
             os.setpgid(pid, pid)
         return Fork(pid, read, time.monotonic())
-    status = 1
-    try:
+
+    def child() -> None:
         _settle(parent, write, read)
         if log is not None:
             _log_to(log, start)
         run()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # no clean-up: libraries registered for a simulated device do not unload cleanly
+
+    children.run_to_end(child)
 
 
 def _settle(parent: int, write: int, read: int) -> None:
     global _begun
     os.setpgid(0, 0)
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    children.end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     os.close(read)

@@ -20,8 +20,9 @@ import socket
 import sys
 import threading
 import time
-import traceback
+from functools import partial
 
+from aiterlab import children
 from aiterlab.spec_decode import worker
 
 # What an engine on the CPU imports beyond `vllm.LLM`; a name that a version does not have is left out.
@@ -72,7 +73,8 @@ def main() -> None:
                 continue
             pid = os.fork()
             if pid == 0:
-                _become_engine(control, *descriptors, request["environment"], import_s)
+                become = partial(_become_engine, control, *descriptors, request["environment"], import_s)
+                children.run_to_end(become)
             living[pid] = request["environment"]["TMPDIR"]
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -88,25 +90,15 @@ def main() -> None:
 def _become_engine(
     control: socket.socket, channel: int, log: int, environment: dict[str, str], import_s: float
 ) -> None:
-    """Be an engine until it ends; never returns."""
-    status = 1
-    try:
-        os.setsid()
-        control.close()
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-        os.environ.update(environment)
-        os.chdir(environment["TMPDIR"])
-        worker.serve(socket.socket(fileno=channel), import_s=import_s)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+    """Be an engine until it ends."""
+    os.setsid()
+    control.close()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.environ.update(environment)
+    os.chdir(environment["TMPDIR"])
+    worker.serve(socket.socket(fileno=channel), import_s=import_s)
 
 
 if __name__ == "__main__":

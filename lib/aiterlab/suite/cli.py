@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from time import monotonic
 from typing import IO
 
 from aiterlab import paths, provenance, security
-from aiterlab.suite import bundle, compare, console, environment, pages, room, runs, schedule, status
+from aiterlab.suite import bundle, compare, console, environment, pages, room, runs, schedule, signals, status
 from aiterlab.suite.job import Job
 from aiterlab.suite.parameter_file import read_parameter_file
 from aiterlab.suite.parameters import ParameterError
@@ -85,7 +84,9 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
             raise ParameterError(f"profile full: a number without its origin is none; missing: {'; '.join(missing)}")
         with _elsewhere(plans, asked["profile"], options) as start:
             run = replace(run or runs.new_run(results, asked["profile"]), **asked)
-            with runs.held(run), _terminable(), room.reserved(run.folder, _ROOM_BYTES) as held:
+            # SIGTERM means what Ctrl-C means, also while there is no notebook yet to pass it on to.
+            terminable = signals.handled(signal.default_int_handler, (signal.SIGTERM,))
+            with runs.held(run), terminable, room.reserved(run.folder, _ROOM_BYTES) as held:
                 return _run(plans, run, options, held, start)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -148,19 +149,6 @@ def _run(
     for leak in leaks:
         say(f"do not show this around: {leak}")
     return exit_code or (EXIT_FAILED if leaks else EXIT_OK)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM mean what Ctrl-C means, also while there is no notebook yet to pass it on to."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _budgeted(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:

@@ -8,12 +8,10 @@ escape a subreaper: an orphan becomes the child of its nearest ancestor that has
 import contextlib
 import ctypes
 import re
-import signal
 from pathlib import Path
 
 import psutil
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 _FAREWELL_S = 5.0
@@ -23,11 +21,6 @@ _ROUNDS = 20  # of killing what was found; a process may start another one meanw
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Get this signal when the parent ends, be it by `kill -9`."""
-    _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def descendants() -> set[psutil.Process]:

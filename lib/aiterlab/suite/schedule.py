@@ -9,7 +9,6 @@ import contextlib
 import select
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Protocol
 
 import psutil
 
-from aiterlab.suite import family, gpus, status
+from aiterlab.suite import family, gpus, signals, status
 from aiterlab.suite.job import Job
 
 _TICK_S = 0.2
@@ -199,14 +198,9 @@ class Graph:
             for worker in self._running.values():
                 worker.signal(signal.SIGTERM)
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with signals.handled(handle):
+                yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             if self._gpus:
                 self._gpus.close()

@@ -18,13 +18,13 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from importlib.metadata import EntryPoint
 from typing import Any
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
-from aiterlab.suite import family, gpus
+from aiterlab import children
+from aiterlab.suite import gpus
 
 # What the runner needs to run a notebook and what a notebook imports before its first own question. Not pyplot: it
 # binds to the kernel's figures when it is imported.
@@ -78,7 +78,7 @@ class Kernel:
         self.pid = os.fork()
         if self.pid == 0:
             self._control.close()
-            _become(theirs)
+            children.run_to_end(lambda: _become(theirs))
         theirs.close()
         self.returncode: int | None = None
         self.stdin = self.stdout = self.stderr = None  # as subprocess.Popen has them
@@ -147,31 +147,23 @@ def offer(kernel: Kernel) -> None:
     Provisioner.waiting = kernel
 
 
-def _become(control: socket.socket) -> None:
-    """Wait for the request, then be the kernel until it ends; never returns."""
-    status = 1
-    try:
-        os.setsid()
-        family.end_with_parent(signal.SIGKILL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        message, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 8)
-        control.close()
-        if message:
-            _settle(json.loads(message), descriptors)
-            from ipykernel.kernelapp import IPKernelApp
+def _become(control: socket.socket) -> int:
+    """Wait for the request, then be the kernel until it ends; returns its exit code."""
+    os.setsid()
+    children.end_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    message, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 8)
+    control.close()
+    if message:
+        _settle(json.loads(message), descriptors)
+        from ipykernel.kernelapp import IPKernelApp
 
+        try:
             IPKernelApp.launch_instance()
-        status = 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 0
 
 
 def _settle(request: dict[str, Any], descriptors: list[int]) -> None:

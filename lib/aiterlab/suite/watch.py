@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import nbformat
 import psutil
 
-from aiterlab.suite import family
+from aiterlab.suite import family, signals
 from aiterlab.suite import status as words
 
 GRACE_S = 5.0
@@ -132,15 +132,8 @@ class Watch:
                 raise KeyboardInterrupt
             self.stop(words.INTERRUPTED, "stopped by Ctrl-C or SIGTERM")
 
-        if threading.current_thread() is not threading.main_thread():
+        with signals.handled(handle):
             yield
-            return
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _run(self) -> None:
         next_look = 0.0

@@ -14,16 +14,14 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from aiterlab import children
 from aiterlab.suite import family, hold
 from aiterlab.suite.job import Job
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from aiterlab.suite.signals import TO_END
 
 
 @dataclass
@@ -72,7 +70,7 @@ def fork(job: Job) -> Worker:
     with _signals_blocked():
         pid = os.fork()
         if pid == 0:
-            _keep(job, parent, write)
+            children.run_to_end(lambda: _keep(job, parent, write))
     os.close(write)
     os.set_blocking(read, False)
     return Worker(job, pid, read)
@@ -102,40 +100,30 @@ def main() -> None:
     job = Job(**{**described, "notebook": Path(described["notebook"]), "run_dir": Path(described["run_dir"])})
     hold.share(job.run_dir)
     with _signals_blocked():
-        _keep(job, int(sys.argv[1]), None)
+        children.run_to_end(lambda: _keep(job, int(sys.argv[1]), None))
 
 
-def _keep(job: Job, parent: int, output: int | None) -> NoReturn:
+def _keep(job: Job, parent: int, output: int | None) -> int:
     """Run the notebook in a child; when that is killed, end what it has left and write down how it ended.
 
     Signals must be blocked. A fork of the runner gives the pipe that replaces the runner's `output`.
     """
-    exit_code = 1
-    try:
-        if output is not None:
-            os.setsid()  # Ctrl-C reaches the runner alone, which ends its workers in order
-            for number in (1, 2):
-                os.dup2(output, number)
-        os.set_blocking(1, False)  # a runner that does not listen must not hold up its notebooks
-        family.adopt_orphans()
-        oom_kills = family.oom_kills()
-        keeper = os.getpid()
-        child = os.fork()
-        if child == 0:
-            exit_code = _run(job, keeper, forked=output is not None)
-        else:
-            ended, asked = _wait(child, parent)
-            if ended:
-                family.end(set())
-                _account(job, ended, asked, family.oom_kills() != oom_kills)
-            exit_code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(exit_code)
+    if output is not None:
+        os.setsid()  # Ctrl-C reaches the runner alone, which ends its workers in order
+        for number in (1, 2):
+            os.dup2(output, number)
+    os.set_blocking(1, False)  # a runner that does not listen must not hold up its notebooks
+    family.adopt_orphans()
+    oom_kills = family.oom_kills()
+    keeper = os.getpid()
+    child = os.fork()
+    if child == 0:
+        return _run(job, keeper, forked=output is not None)
+    ended, asked = _wait(child, parent)
+    if ended:
+        family.end(set())
+        _account(job, ended, asked, family.oom_kills() != oom_kills)
+    return 0
 
 
 def _wait(child: int, parent: int) -> tuple[int, bool]:
@@ -146,23 +134,23 @@ def _wait(child: int, parent: int) -> tuple[int, bool]:
         asked.append(True)
         os.kill(child, signal.SIGTERM)
 
-    for number in _SIGNALS:
+    for number in TO_END:
         signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    family.end_with_parent(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_END)
+    children.end_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
         pass_on()
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    for number in _SIGNALS:
+    for number in TO_END:
         signal.signal(number, signal.SIG_IGN)  # from here on its number may be another process's
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), bool(asked)
 
 
 def _run(job: Job, keeper: int, *, forked: bool) -> int:
-    for number in _SIGNALS:
+    for number in TO_END:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    family.end_with_parent(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_END)
+    children.end_with_parent(signal.SIGTERM)
     if os.getppid() != keeper:
         return 1
     from aiterlab.suite import warm
@@ -189,7 +177,7 @@ def _account(job: Job, exit_code: int, asked: bool, out_of_memory: bool) -> None
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Keep signals waiting while a child still has its parent's handlers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_END)
     try:
         yield
     finally:

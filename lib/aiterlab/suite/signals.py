@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handle Ctrl-C and SIGTERM for a while, where a process may: in its main thread."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+TO_END = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], object], numbers: tuple[int, ...] = TO_END) -> Iterator[None]:
+    """Let `handler` have these signals until the block is left; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
