@@ -21,6 +21,7 @@ from aiterlab.machines import Machine
 from aiterlab.machines.description import with_switch
 from aiterlab.probes import EXPLICIT, Cell, Progress, answers, ask, pool
 from aiterlab.probes.reads import Forbidden, Reads
+from aiterlab.suite import family
 from aiterlab.trees import Tree
 
 pytestmark = pytest.mark.slow  # three to five seconds each: server and cells import torch
@@ -135,13 +136,13 @@ def test_ctrl_c_keeps_what_is_answered_and_leaves_no_process(cell):
         assert wait_until(lambda: pids(asked[1]) and pids(asked[2]))
         raise KeyboardInterrupt
 
-    before = {child.pid for child in psutil.Process().children()}
+    before = family.descendants()
     with pytest.raises(KeyboardInterrupt):
         ask(asked, workers=3, timeout_s=60, progress=interrupt)
     hanging = pids(asked[1]) + pids(asked[2])
     assert len(hanging) == 2
     assert wait_until(lambda: not any(map(alive, hanging)))
-    assert {child.pid for child in psutil.Process().children()} <= before
+    assert wait_until(lambda: not family.descendants() - before)
     assert ask(asked[:1])[0]["reused"] is True
 
 

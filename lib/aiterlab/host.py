@@ -71,7 +71,7 @@ def _gpus(system: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Ask once per process: the answer cannot change, and nvidia-smi takes a while."""
     names = ("accelerators", "gpu_count", "gpu_memory_bytes", "gpu_architectures", "gpu_driver")
     try:
-        found = _nvidia(system) + _amd(system)
+        found = _nvidia(system) + amd_gpus(system)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         reason = f"the GPU driver does not answer: {type(error).__name__}: {error}".splitlines()[0]
         return dict.fromkeys(names), dict.fromkeys(names, reason)
@@ -109,7 +109,7 @@ def _nvidia(system: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _amd(system: Path) -> list[dict[str, Any]]:
+def amd_gpus(system: Path = _SYSTEM) -> list[dict[str, Any]]:
     """Read the compute nodes that the amdgpu driver lists, in the order in which HIP counts them."""
     version = system / "sys/module/amdgpu/version"  # only the driver that comes with ROCm has one of its own
     driver = f"amdgpu {version.read_text().strip()}" if version.exists() else f"amdgpu of Linux {platform.release()}"

@@ -20,9 +20,7 @@ from typing import Any
 
 from aiterlab import host
 from aiterlab.paths import RUN_DIR_VARIABLE, SOURCE_NAME, STARTED_IN_VARIABLE, project_root
-from aiterlab.security import MASK, is_secret_name, scrub, scrub_tree
-
-__all__ = ["MASK", "collect", "is_secret_name", "missing_for_full", "resolved", "scrub", "scrub_tree"]
+from aiterlab.security import MASK, is_secret_name, scrub_tree
 
 PACKAGES = (
     "aiterlab",

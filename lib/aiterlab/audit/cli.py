@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from aiterlab import paths, provenance, records
+from aiterlab import paths, provenance, records, security
 from aiterlab.audit import answer, matrix, narrow, report, statements, wording
 from aiterlab.audit.judgement import Judgement, Verdict
 from aiterlab.probes import Cell, Progress, pool
@@ -146,14 +146,14 @@ def _by_tree(judgements: Sequence[Judgement]) -> list[str]:
 def _write(options: argparse.Namespace, judgements: Sequence[Judgement], rows: Sequence[dict]) -> None:
     for file, form in ((options.junit, report.junit), (options.markdown, report.markdown)):
         if file:
-            records.atomic_write_text(file, provenance.scrub(form(judgements)))
+            records.atomic_write_text(file, security.scrub(form(judgements)))
     if options.json:
         whole = {
             "judgements": [judged.record() for judged in judgements],
             "rows": [{name: value for name, value in row.items() if name != "loaded_modules"} for row in rows],
             "provenance": provenance.collect(),
         }
-        records.atomic_write_text(options.json, records.dump_json(provenance.scrub_tree(whole)))
+        records.atomic_write_text(options.json, records.dump_json(security.scrub_tree(whole)))
 
 
 def _exit_code(options: argparse.Namespace, judgements: Sequence[Judgement], differing: bool) -> int:

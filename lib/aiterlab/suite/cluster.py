@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiterlab
-from aiterlab import paths, provenance
+from aiterlab import paths, provenance, security
 from aiterlab.suite import status
 from aiterlab.suite.environment import STACKS
 from aiterlab.suite.job import Job
@@ -109,7 +109,7 @@ def _environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name.startswith(provenance.ENVIRONMENT_PREFIXES)
         and not name.endswith("_VISIBLE_DEVICES")
-        and not provenance.is_secret_name(name)
+        and not security.is_secret_name(name)
         and not value.startswith(("/", "~", "."))
     }
     # A notebook that asks for no GPU sees none, or two would share one that neither has asked for.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aiterlab import paths
-from aiterlab.provenance import scrub
 from aiterlab.records import atomic_write_text
+from aiterlab.security import scrub
 from aiterlab.suite import changes, comparison
 from aiterlab.suite.judgement import Verdict
 from aiterlab.suite.markdown import Block, compose, escape

@@ -26,7 +26,7 @@ from nbclient.util import run_sync
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
-from aiterlab import provenance, records
+from aiterlab import records, security
 from aiterlab.paths import RUN_DIR_VARIABLE, STARTED_IN_VARIABLE
 from aiterlab.suite import packing, report, room, status, warm
 from aiterlab.suite.bookkeeping import TruthfulManager, settle_cells
@@ -357,7 +357,7 @@ def write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.Not
 
 def scrubbed_log(log: Path) -> str:
     """Return the log's text without home directories and secrets."""
-    return provenance.scrub(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else ""
+    return security.scrub(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else ""
 
 
 def _finding(record: Path) -> str | None:

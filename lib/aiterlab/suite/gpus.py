@@ -8,15 +8,14 @@ import re
 from pathlib import Path
 from typing import TextIO
 
-from aiterlab import paths
+from aiterlab import host, paths
 
 _CHOSEN = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
-_RENDER_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
 def visible() -> list[str]:
     """Return the ids of the GPUs that this process may use: those that its environment chooses, else all."""
-    there = _nvidia() or _amd()
+    there = _nvidia() or [str(number) for number, _ in enumerate(host.amd_gpus())]
     for name in _CHOSEN:
         if (chosen := os.environ.get(name)) is not None:
             return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")] if there else []
@@ -44,14 +43,3 @@ def _lock_file(gpu: str) -> TextIO:
 def _nvidia() -> list[str]:
     numbers = [re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*")]
     return sorted((found.group(1) for found in numbers if found), key=int)
-
-
-def _amd() -> list[str]:
-    """Count the nodes of the kernel driver that have SIMDs; the others are processors."""
-    found = []
-    with contextlib.suppress(OSError):
-        for node in sorted(_RENDER_NODES.iterdir(), key=lambda path: int(path.name)):
-            simds = re.search(r"^simd_count (\d+)$", (node / "properties").read_text(), re.MULTILINE)
-            if simds and int(simds.group(1)):
-                found.append(str(len(found)))
-    return found

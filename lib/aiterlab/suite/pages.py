@@ -16,8 +16,8 @@ from typing import Any
 
 import jinja2
 
-from aiterlab.provenance import scrub
 from aiterlab.records import atomic_write_text
+from aiterlab.security import scrub
 from aiterlab.suite import changes, status, wording
 from aiterlab.suite.comparison import Comparison
 from aiterlab.suite.executed import EXECUTED_NAME

@@ -13,15 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aiterlab import paths, records
+from aiterlab import paths, provenance, records
 from aiterlab.suite import status
 from aiterlab.suite.job import Job
 
 # AITER's switches and vLLM's are environment variables, and so are those of every layer below them.
-PREFIXES = (
-    "VLLM_", "AITER_", "HIP_", "HSA_", "ROCR_", "ROCM_", "CUDA_", "NCCL_", "RCCL_", "TRITON_", "TORCH_", "PYTORCH_",
-    "OMP_", "MKL_", "HF_", "GPU_ARCHS",
-)  # fmt: skip
+PREFIXES = (*provenance.ENVIRONMENT_PREFIXES, "HF_", "MKL_", "ROCM_")
 _OUTSIDE = ("path:", "file:", "installed", "/", "./", "../", "~")
 _MACHINE = ("platform", "cpu_model", "cpu_usable_count", "memory_bytes", "accelerators", "python")
 

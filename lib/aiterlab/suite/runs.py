@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aiterlab import provenance, records
+from aiterlab import provenance, records, security
 from aiterlab.suite import gpus, hold, resume, schedule, status, warm, worker
 from aiterlab.suite.executed import EXECUTED_NAME, is_whole
 from aiterlab.suite.job import Job
@@ -28,9 +28,9 @@ from aiterlab.suite.parameters import (
     unknown,
 )
 from aiterlab.suite.report import rebuild_report
+from aiterlab.suite.results import RUN_NAME
 
 LATEST_NAME = "latest"
-RUN_NAME = "run.json"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Run:
         records.atomic_write_text(
             self.folder / RUN_NAME,
             records.dump_json(
-                provenance.scrub_tree(
+                security.scrub_tree(
                     {
                         "run": self.folder.name,
                         "profile": self.profile,

@@ -10,8 +10,8 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from aiterlab.provenance import scrub
 from aiterlab.records import atomic_write_text
+from aiterlab.security import scrub
 from aiterlab.suite.metrics import METRICS, Observation, metrics_of, observe
 from aiterlab.suite.results import Entry, Run, number, read_run, text
 

@@ -18,8 +18,8 @@ from typing import Any
 import nbformat
 from pydantic import TypeAdapter
 
-from aiterlab.provenance import scrub_tree
 from aiterlab.records import atomic_write_text, dump_json
+from aiterlab.security import scrub_tree
 from aiterlab.suite.job import Job
 
 OK = "ok"

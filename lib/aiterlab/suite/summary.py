@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiterlab import paths
-from aiterlab.provenance import scrub
 from aiterlab.records import atomic_write_text
+from aiterlab.security import scrub
 from aiterlab.suite import changes, status
 from aiterlab.suite.comparison import Comparison, Side, compare_sides, reference_side
 from aiterlab.suite.judgement import Verdict
