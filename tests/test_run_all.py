@@ -57,7 +57,10 @@ def test_a_failure_does_not_stop_the_rest_and_is_told_at_the_end(bench):
     for stem in ("01_bad", "02_good"):
         assert {path.name for path in (latest / stem).iterdir()} >= {"executed.ipynb", "report.html", "status.json"}
     assert "01_bad  [2/2]" in out and "02_good  [1/2]" in out
-    assert json.loads((run / "run.json").read_text())["exit_code"] == 1
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["exit_code"] == 1
+    began = [json.loads((run / stem / "status.json").read_text())["started_utc"] for stem in ("01_bad", "02_good")]
+    assert facts["started_utc"] <= min(began), "the page tells when the run started, not when it was written down"
 
 
 def test_profile_only_and_set_reach_the_notebook(bench):

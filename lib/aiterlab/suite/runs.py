@@ -108,6 +108,7 @@ class Run:
     settings: tuple[str, ...] = ()
     given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     resumed: bool = False
+    started_utc: str = field(default_factory=status.utc_now)  # for the first time, where it was resumed
 
     def save(self, plans: Sequence[Plan], ending: str, exit_code: int | None, seconds: float | None) -> None:
         """Write `run.json`; a run is born interrupted, so that a killed runner has told the truth."""
@@ -123,6 +124,7 @@ class Run:
                         "given": self.given,
                         "status": ending,
                         "exit_code": exit_code,
+                        "started_utc": self.started_utc,
                         "seconds": seconds,
                         "notebooks": [plan.row.stem for plan in plans],
                         "provenance": provenance.collect(),
@@ -153,10 +155,11 @@ def old_run(results: Path, name: str) -> Run:
     try:
         said = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
         asked = said["profile"], tuple(said["only"]), tuple(said["settings"]), said["given"]
+        started_utc = said["started_utc"]
     except (OSError, ValueError, KeyError, TypeError):
         known = sorted(file.parent.name for file in results.glob(f"*/{RUN_NAME}") if not file.parent.is_symlink())
         raise ParameterError(unknown("--resume: there is no run", name, known)) from None
-    return Run(folder.resolve(), *asked, resumed=True)
+    return Run(folder.resolve(), *asked, resumed=True, started_utc=started_utc)
 
 
 @contextlib.contextmanager
