@@ -107,6 +107,7 @@ ROWS = (
                 "count": 64,
                 "output_tokens": 192,
                 "samples": 1000,
+                "rounds": 18,
                 "cells": ["1x128", "64x128", *SHAPE_CELLS],
                 "accuracy": {"aiterlab_arithmetic": 200},
             },

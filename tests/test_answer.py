@@ -158,6 +158,7 @@ def test_time_per_token_is_a_steps_over_its_tokens(reference):
     times = read()["times"]
     row = times[(times["weights"] == "models") & (times["K"] == 2)].iloc[0]
     assert row["ms_per_token"] == pytest.approx(1.2 / 2.4) and row["speed_up"] == pytest.approx(2.0)
+    assert list(shown.fastest(times).columns[-4:]) == ["ms per token", "median round", "p80", "× vanilla"]
 
 
 def test_findings_say_the_numbers_and_the_machine_of_each(reference):

@@ -101,22 +101,23 @@ def test_a_cell_that_cannot_be_read_is_one_line_with_examples(cell):
 
 def test_all_engines_have_room_for_the_largest_cell(monkeypatch):
     monkeypatch.setattr(study, "device", lambda: "cpu")
-    found = study.options(["1x128", "64x2000", "2x4000"], 128, 3)
+    found = study.options(["1x128", "64x2000", "2x4000"], 4, 128, 3)
     assert (found["max_num_seqs"], found["seed"]) == (64, 3)
-    assert found["max_model_len"] == 4000 + 128 + latency.SLACK_TOKENS
+    assert found["max_model_len"] == latency.sequence_tokens(4000, 4)
+    assert study.options([], 4, 2000, 3)["max_model_len"] >= study.MAX_PROMPT_TOKENS + 2000
     assert found["cudagraph_batch_sizes"] == (1, 2, 4, 8, 64)
-    least = study.options([], 64, 0)
+    least = study.options([], 4, 64, 0)
     assert (least["max_num_seqs"], least["max_model_len"]) == (8, 1024)
     assert least["max_num_batched_tokens"] == 8 * study.MAX_PROMPT_TOKENS  # on a CPU no prompt is parted
     monkeypatch.setattr(study, "device", lambda: "cuda")
     del least["max_num_batched_tokens"]
-    assert study.options(["1x128", "8b:64x32768"], 64, 0) == least  # the shape has engines of its own
+    assert study.options(["1x128", "8b:64x32768"], 4, 64, 0) == least  # the shape has engines of its own
 
 
 def test_the_shape_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(study, "device", lambda: "cpu")
     with pytest.raises(ValueError, match="1 of the shape, which needs a GPU; leave out those of 8b:") as error:
-        study.options(["1x128", "8b:1x128"], 64, 0)
+        study.options(["1x128", "8b:1x128"], 4, 64, 0)
     one_line(error)
 
 

@@ -212,7 +212,7 @@ def test_predictions_hold_the_models_and_the_shape_apart(times):
     assert table["weights"].tolist() == ["models"] * 2 + ["shape"] * 3
     assert table["backend"].tolist() == ["vLLM's choice"] * 2 + ["FLASH_ATTN", "SUITE_PAGED", "TRITON_ATTN"]
     assert table["tokens per step"].tolist()[1:3] == ["2.50 (measured)", "2.00 (assumed)"]
-    assert table["measured"].iloc[0] == "1.25 ×" and table["cell"].iloc[2] == "1x32768"
+    assert table["measured"].iloc[0] == table["median round"].iloc[0] == "1.25 ×" and table["cell"].iloc[2] == "1x32768"
     assert table["error, K left out"].iloc[2] == "–"  # one K alone predicts nothing
     assert tables.predicted([]).empty
 
@@ -236,7 +236,7 @@ def test_our_kernel_is_held_against_the_others_on_the_shape_alone(times):
     assert tables.ratios([]).empty and tables.against([]) == []
     shown = tables.throughput(times)
     assert [row["backend"] for row in shown] == ["FLASH_ATTN", "SUITE_PAGED", "TRITON_ATTN"]
-    assert all(row["tokens_per_s_low"] <= row["tokens_per_s"] <= row["tokens_per_s_high"] for row in shown)
+    assert all(row["tokens_per_s_low"] <= row["tokens_per_s"] for row in shown)
 
 
 def test_figures_are_drawn_of_what_was_timed(times):

@@ -67,21 +67,22 @@ def test_parts_are_told_apart():
     clock = steps.install(engine_of(runner))
     clock.enabled = True
     run(runner, *[DECODE] * 5)
-    found = clock.components()
+    found = clock.components(2)
     assert found["steps"] == 4  # the last has none after it
     for name, seconds in zip(steps.PARTS, (DRAFT_S, VERIFY_S, SAMPLE_S, HOST_S), strict=True):
         assert seconds * 1e3 <= found[name] < seconds * 1e3 + 3, name
-    for step in clock.steps():
+    for step in clock.steps(2):
         assert sum(step[name] for name in steps.PARTS) == pytest.approx(step["step_ms"])
 
 
-def test_only_steps_of_decode_alone_count():
+def test_only_steps_of_decode_alone_and_of_the_whole_batch_count():
     runner = PretendRunner()
     clock = steps.install(engine_of(runner))
     clock.enabled = True
     prompt, longer, other = ((4, 4), True), ((5, 4), False), ((4,), False)
-    run(runner, prompt, DECODE, DECODE, longer, DECODE, other, other)
-    assert clock.components()["steps"] == 2  # the second of the first pair, and the last but one
+    run(runner, other, other, prompt, DECODE, DECODE, longer, DECODE, other, other)
+    assert clock.components(2)["steps"] == 1  # the first of the pair: the batch gathers before it, and is left after
+    assert clock.components(3)["steps"] == 0
 
 
 def test_vanilla_has_no_draft():
@@ -89,16 +90,16 @@ def test_vanilla_has_no_draft():
     clock = steps.install(engine_of(runner))
     clock.enabled = True
     run(runner, ((1,), False), ((1,), False))
-    assert clock.components()["draft_ms"] == 0
+    assert clock.components(1)["draft_ms"] == 0
     clock.reset()
-    assert clock.components() == {"step_ms": None} | dict.fromkeys(steps.PARTS) | {"steps": 0}
+    assert clock.components(1) == {"step_ms": None} | dict.fromkeys(steps.PARTS) | {"steps": 0}
 
 
 def test_a_clock_that_is_off_notes_nothing():
     runner = PretendRunner()
     clock = steps.install(engine_of(runner))
     run(runner, DECODE, DECODE)
-    assert clock.components()["steps"] == 0
+    assert clock.components(2)["steps"] == 0
 
 
 def test_an_engine_that_cannot_be_measured_is_refused():
@@ -117,12 +118,14 @@ def test_parts_of_a_real_engine_add_up(tmp_path):
         name="ngram", target=str(tmp_path), method="ngram", draft_tokens=2, load_format="dummy", max_model_len=128,
         max_num_seqs=2, max_num_batched_tokens=64, kv_cache_bytes=1 << 24,
     )  # fmt: skip
-    prompt = Request(id="1", task="test", token_ids=(5, 6, 7, 8) * 5)
+    texts = (5, 6, 7, 8) * 5, tuple(range(20))
+    prompts = [Request(id=f"{n}", task="test", token_ids=ids) for n, ids in enumerate(texts)]
     with alive([spec], tmp_path / "logs") as engines:
-        plain = engines["ngram"].generate([prompt], max_tokens=24, ignore_eos=True)
-        found = engines["ngram"].generate([prompt], max_tokens=24, ignore_eos=True, breakdown=True).components
+        plain = engines["ngram"].generate(prompts, max_tokens=24, ignore_eos=True)
+        made = engines["ngram"].generate(prompts, max_tokens=24, ignore_eos=True, breakdown=True)
+    found = made.components
     assert plain.components is None
-    assert found["steps"] > 5
+    assert 5 < found["steps"] < made.steps_sequences.count(2) + 2
     assert all(found[name] > 0 for name in steps.PARTS)
     # Medians need not add up exactly; the step is no longer than the engine's own.
     assert sum(found[name] for name in steps.PARTS) == pytest.approx(found["step_ms"], rel=0.3)

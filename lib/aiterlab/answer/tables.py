@@ -32,8 +32,8 @@ COLUMNS = {
         "share_of_ceiling suite_times",
         "greedy": "engine compared_tokens near_ties different",
         "scores": "backend method draft_tokens task shots filter value stderr samples",
-        "times": "weights group backend method K batch context acceptance ms_per_token ms_per_token_low "
-        "ms_per_token_high speed_up rounds quiet_rounds reason",
+        "times": "weights group backend method K batch context acceptance ms_per_token ms_per_token_median "
+        "ms_per_token_p80 speed_up reason",
         "acceptance": "task method draft_tokens position rate drafts",
     }.items()
 }
@@ -163,11 +163,11 @@ def _scores(rows: list[dict]) -> pd.DataFrame:
 
 
 def _times(rows: list[dict]) -> pd.DataFrame:
-    """Milliseconds per token of one sequence, from the rounds themselves: quiet rounds count, the spread is of all."""
+    """Milliseconds per token of one sequence, from the rounds themselves, whatever an older record made of them."""
     table = pd.DataFrame(spec_decode.times(rows), columns=None if rows else COLUMNS["times"])
     if table.empty:
         return table
-    for name, rate in (("", "steady"), ("_low", "steady_p80"), ("_high", "steady_p20")):
+    for name, rate in (("", "steady"), ("_median", "steady_median"), ("_p80", "steady_p20")):
         table[f"ms_per_token{name}"] = table["batch"] * 1e3 / table[f"{rate}_tok_s"].astype(float)
     table["weights"] = (table["group"] == spec_decode.MODELS).map({True: "models", False: "shape"})
     table["backend"] = table["backend"].fillna(spec_decode.OWN_BACKEND)

@@ -34,7 +34,7 @@ def answer_page(frames: Mapping[str, pd.DataFrame], titles: Mapping[str, str], h
             outcome, error_over_tolerance), absent (provider, reason), scores (machine, backend, method, shots, value,
             stderr, samples), kernels (machine, kind, operation,
             workload, provider, share_of_ceiling, suite_times), ceilings (machine, name, unit, rate), times (machine,
-            weights, group, backend, method, K, batch, context, ms_per_token with _low and _high), acceptance (machine,
+            weights, group, backend, method, K, batch, context, ms_per_token and _p80), acceptance (machine,
             task, method, position, rate) and sources (notebook, machine, commit, made, reason). Each may be empty.
         titles: a panel's finding, or why there is none: fix, error, match, kernels, tokens, backends, acceptance.
         headline: the title of the page.
@@ -197,6 +197,6 @@ def _footer(page: Page, sources: pd.DataFrame) -> None:
 
 _READING = (
     "b: a point is a check. c: ± standard error. d: a point is a workload; × is from the same K and V. "
-    "e, f: the sign is the median of quiet rounds, the bar p20 to p80."
+    "e, f: the sign is p20 of rounds, the bar goes to p80."
 )
 _CPU = " * Times on a CPU say nothing about a GPU."

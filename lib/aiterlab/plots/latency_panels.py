@@ -144,7 +144,7 @@ def _line(ax: Axes, mine: pd.DataFrame, method: str, hollow: bool) -> str:
     """Draw a method's times by K with their spread; returns its colour."""
     colour = PROVIDERS.get(BACKENDS.get(mine["backend"].iloc[0]), METHODS.get(method, FAINT))
     ax.plot(mine["K"], mine["ms_per_token"], color=colour, linewidth=1, zorder=2)
-    ax.vlines(mine["K"], mine["ms_per_token_low"], mine["ms_per_token_high"], color=colour, linewidth=1.8, alpha=0.3)
+    ax.vlines(mine["K"], mine["ms_per_token"], mine["ms_per_token_p80"], color=colour, linewidth=1.8, alpha=0.3)
     ax.scatter(mine["K"], mine["ms_per_token"], s=11, marker=MARKERS.get(method, "o"), zorder=3, edgecolor=colour,
                linewidth=0.8, facecolor="white" if hollow else colour)  # fmt: skip
     return colour
@@ -183,7 +183,7 @@ def backends(ax: Axes, times: pd.DataFrame) -> None:
     for y, name in enumerate(names):
         colour, mine = PROVIDERS.get(BACKENDS.get(name), INK), there[there["backend"] == name]
         for row in mine.itertuples():
-            ax.plot([row.ms_per_token_low, row.ms_per_token_high], [y, y], color=colour, linewidth=1.8, alpha=0.4)
+            ax.plot([row.ms_per_token, row.ms_per_token_p80], [y, y], color=colour, linewidth=1.8, alpha=0.4)
             fill = "white" if row.method == "vanilla" else colour
             ax.scatter(
                 row.ms_per_token,
@@ -194,7 +194,7 @@ def backends(ax: Axes, times: pd.DataFrame) -> None:
                 edgecolor=colour,
                 zorder=3,
             )
-            end = np.nanmax([row.ms_per_token, row.ms_per_token_high])
+            end = np.nanmax([row.ms_per_token, row.ms_per_token_p80])
             _beside(ax, f"{row.ms_per_token:.1f}", (end, y), "data", 5, INK)
         if unseen := [method for method in methods if method not in set(mine["method"])]:
             _beside(ax, f"— {', '.join(unseen)} not run", (0.01, y), "axes fraction", 0, FAINT)

@@ -127,11 +127,11 @@ def speedup_by_draft_tokens(rows: Sequence[Mapping], title: str, *, assumed: str
     """Speed-up over vanilla decoding by K: measured with its spread, predicted as a line, the best K ringed.
 
     Args:
-        rows: series (what one line is), draft_tokens, speedup, speedup_low, speedup_high, predicted; a `method` gives
-            a line its colour. A measurement of None is a gap, named below the axis with its `reason`.
+        rows: series (what one line is), draft_tokens, speedup, speedup_low, predicted; a `method` gives a line its
+            colour. A measurement of None is a gap, named below the axis with its `reason`.
         assumed: what the acceptance was set to and from where, where it was not measured. Stands on the figure.
     """
-    table = _frame(rows, ("speedup", "speedup_low", "speedup_high", "predicted"), ("method", "reason"))
+    table = _frame(rows, ("speedup", "speedup_low", "predicted"), ("method", "reason"))
     fig, ax = plt.subplots(figsize=(_WIDTH, 4.4), layout="constrained")
     ax.axhline(1, color=INK, linewidth=1.2)
     ks = sorted(table["draft_tokens"].unique())
@@ -153,7 +153,7 @@ def speedup_by_draft_tokens(rows: Sequence[Mapping], title: str, *, assumed: str
         predicted = part.dropna(subset="predicted")
         x = there["draft_tokens"] + 0.12 * (index - (len(names) - 1) / 2)
         ax.plot(predicted["draft_tokens"], predicted["predicted"], color=colour, linestyle=(0, (4, 2)), linewidth=1.3)
-        ax.vlines(x, there["speedup_low"], there["speedup_high"], color=colour, linewidth=3, alpha=0.4)
+        ax.vlines(x, there["speedup_low"], there["speedup"], color=colour, linewidth=3, alpha=0.4)
         ax.scatter(x, there["speedup"], color=colour, marker="osD^v"[index % 5], s=34, zorder=3, edgecolor="white")
         if not there.empty:
             best = there["speedup"].idxmax()
@@ -163,7 +163,7 @@ def speedup_by_draft_tokens(rows: Sequence[Mapping], title: str, *, assumed: str
             label = f"K = {there.loc[best, 'draft_tokens']}: {there.loc[best, 'speedup']:.2f} ×"
             ax.annotate(
                 label,
-                (x[best], there.loc[best, "speedup_high"]),
+                (x[best], there.loc[best, "speedup"]),
                 (0, 9),
                 textcoords="offset points",
                 ha="center",
@@ -184,7 +184,7 @@ def speedup_by_draft_tokens(rows: Sequence[Mapping], title: str, *, assumed: str
         for index, (name, colour) in enumerate(zip(names, _series_colours(table), strict=True))
     ]
     handles += [
-        Line2D([], [], color=FAINT, linewidth=3, alpha=0.5, label="measured: spread of repeats"),
+        Line2D([], [], color=FAINT, linewidth=3, alpha=0.5, label="measured, line down to the slow rounds (p80)"),
         Line2D([], [], color=FAINT, linestyle=(0, (4, 2)), label="predicted by the cost model"),
         Line2D([], [], color=FAINT, marker="o", markersize=11, markerfacecolor="none", linestyle="", label="best K"),
     ]
@@ -235,7 +235,7 @@ def step_components(rows: Sequence[Mapping], title: str) -> Figure:
         ax.set(ylim=(len(part) - 0.4, -0.6), xlim=(0, 1.12 * widest))
         ax.set_title(name, fontsize=10.5, color=INK, loc="left")
         plain(ax)
-    axes[-1, 0].set_xlabel("milliseconds per step (medians)")
+    axes[-1, 0].set_xlabel("milliseconds per step (20th percentile of rounds)")
     handles = [Patch(facecolor=colour, label=name) for name, colour in COMPONENTS.values()]
     handles.append(Patch(facecolor="white", edgecolor=FAINT, label="not accounted for"))
     fig.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False, fontsize=9)
@@ -277,12 +277,12 @@ def backend_throughput(rows: Sequence[Mapping], kernels: Sequence[Mapping], titl
     """Tokens per second by attention backend, and beside it the cause: microseconds of attention per layer and step.
 
     Args:
-        rows: backend (vLLM's name), context (tokens), tokens_per_s, tokens_per_s_low, tokens_per_s_high; None with a
-            `reason` is a gap.
+        rows: backend (vLLM's name), context (tokens), tokens_per_s, tokens_per_s_low; None with a `reason` is a
+            gap.
         kernels: of the kernels' record, timings of one workload or several: workload, provider, implementation,
             median_us, p20_us, p80_us.
     """
-    table = _frame(rows, ("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"), ("reason",))
+    table = _frame(rows, ("tokens_per_s", "tokens_per_s_low"), ("reason",))
     causes = _frame(kernels, ("median_us", "p20_us", "p80_us"))
     causes = causes.dropna(subset="median_us")
     height = 1.9 + 0.42 * max(len(table) + table["context"].nunique(), len(causes) + causes["workload"].nunique())
@@ -292,7 +292,7 @@ def backend_throughput(rows: Sequence[Mapping], kernels: Sequence[Mapping], titl
         for context, part in table.groupby("context")
     ]
     ends = [_bars(left, groups)]
-    left.set_xlabel("tokens per second   (line: spread of repeats)")
+    left.set_xlabel("tokens per second   (line: down to the slow rounds, p80)")
     left.set_title("in the engine", fontsize=10.5, color=INK, loc="left")
     groups = [
         (name, [_kernel_bar(row) for row in part.sort_values("median_us").itertuples()])
@@ -308,8 +308,8 @@ def backend_throughput(rows: Sequence[Mapping], kernels: Sequence[Mapping], titl
 
 
 def _backend_bar(row) -> tuple:
-    spread = (row.tokens_per_s_low, row.tokens_per_s_high)
-    return row.backend, PROVIDERS.get(BACKENDS.get(row.backend), FAINT), row.tokens_per_s, *spread, row.reason
+    colour, spread = PROVIDERS.get(BACKENDS.get(row.backend), FAINT), (row.tokens_per_s_low, row.tokens_per_s)
+    return row.backend, colour, row.tokens_per_s, *spread, row.reason
 
 
 def _kernel_bar(row) -> tuple:

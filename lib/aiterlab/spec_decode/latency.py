@@ -3,17 +3,17 @@
 
 Several engines are alive at once and take turns, so a clock that drifts drifts for all. A cell is a batch of requests
 with a context. Its prompts are random token ids; prefix caching keeps their keys, so a prompt is computed once per
-engine and a round is decode alone. Rounds without marks are what counts; as many with marks (`steps`), in turn with
-them, say where a step's time goes, and are what the cost model predicts the others from.
+engine and a round is decode alone. A turn of an engine is two rounds: one without marks, which counts, and one with
+(`steps`), which says where a step's time goes on the same host; the cost model predicts the first from the second.
 
 A step that waits for its host takes longer when others use that host, never less, and a host changes its pace between
-rounds more than within (1.5 times, on one GPU machine). So rounds go on, up to a limit, until each engine's quickest
-pace has been seen twice, and step times are those of the quiet rounds: the ones at about that pace. How many rounds
-were quiet is told, and the spread is that of all.
+rounds more than within (1.5 times, on one GPU machine). So rounds are short and many, and a pace, that of a step or of
+a part of it, is the 20th percentile over rounds of the round's median. Where noise only adds, a low quantile is nearly
+free of it; a minimum would be at the mercy of the clock. The median round and the 80th percentile stand beside it.
 
 Two speeds are told apart. `decode_tok_s` is tokens over time as they came. Requests of a batch end at different steps
-when acceptance is a matter of chance, so `steady_tok_s` is that of the median step with the whole batch in it: batch x
-tokens per step / step. Speed-ups are ratios of the steady one, within a group of engines that were alive together.
+when acceptance is a matter of chance, so `steady_tok_s` is that of steps with the whole batch in them: batch x tokens
+per step / step. Speed-ups are ratios of the steady one, within a group of engines that were alive together.
 
 With weights that are random, acceptance cannot be real. vLLM then draws it from given rates per position ("synthetic"
 rejection sampling): step times are measured, acceptance is assumed, and every row says so.
@@ -39,8 +39,7 @@ OVERHEAD_BYTES = 3_000_000_000  # a CUDA context, activations of the longest pre
 USABLE = 0.95  # share of the GPU's memory that a group of engines may plan with
 SLACK_TOKENS = 64  # of a sequence, beside context and output: draft tokens, and blocks that are not full
 RANDOM_IDS = (1_000, 3_000)  # ids that any vocabulary of the suite has, special tokens aside
-QUIET = 1.05  # times the quickest round's step: a round up to there was not disturbed
-PATIENCE = 3  # times as many rounds as asked for, at most, until every engine has had two quiet ones
+OVER_ROUNDS = {"": 0.2, "_median": 0.5, "_p80": 0.8}  # endings of columns: the pace, and what stands beside it
 
 Cell = tuple[int, int]  # sequences, tokens of context of each
 Row = dict[str, Any]
@@ -66,7 +65,6 @@ def plan(
     backends: Sequence[str] = ("FLASH_ATTN", "TRITON_ATTN", SUITE_PAGED),
     backend_cells: Sequence[Cell] = ((1, 16384), (1, 32768)),
     backend_draft_tokens: int = 4,
-    output_tokens: int = 192,
     method: str = "eagle3",
 ) -> tuple[Group, ...]:
     """Divide the study of the 8B shape into groups of engines that fit in the GPU's memory at once.
@@ -79,7 +77,8 @@ def plan(
     """
 
     where = (*cells, *(backend_cells if backends else ()))
-    kv_tokens = max(batch * (context + output_tokens + SLACK_TOKENS) for batch, context in where)
+    ks = tuple(sorted({*draft_tokens, *((backend_draft_tokens,) if backends else ())}))
+    kv_tokens = max(batch * sequence_tokens(context, ks[-1]) for batch, context in where)
     batches = sorted({batch for batch, _ in where})
 
     def spec(k: int, name: str | None) -> EngineSpec:
@@ -92,14 +91,14 @@ def plan(
             draft_tokens=k,
             backend=name,
             dtype="bfloat16",
-            max_model_len=max(context for _, context in where) + output_tokens + SLACK_TOKENS,
+            max_model_len=max(sequence_tokens(context, ks[-1]) for _, context in where),
             max_num_seqs=max(batches),
             max_num_batched_tokens=8192,
             kv_cache_bytes=(kv_tokens + 1024) * KV_TOKEN_BYTES,
             load_format="dummy",
             synthetic_acceptance=cost.published_rates(method, k) if k else None,
             cudagraph_batch_sizes=tuple(batches),
-            cudagraph_draft_tokens=tuple(sorted({*draft_tokens, *((backend_draft_tokens,) if backends else ())})),
+            cudagraph_draft_tokens=ks,
             prefix_caching=True,
             async_scheduling=None,  # vLLM's choice, as in service
         )
@@ -134,6 +133,16 @@ def engine_bytes(*specs: EngineSpec) -> int:
     )
 
 
+def round_tokens(draft_tokens: int) -> int:
+    """Say how long the answers of a round are: short, yet eight steps even where every draft is accepted."""
+    return 8 * max(3, draft_tokens + 1)
+
+
+def sequence_tokens(context: int, draft_tokens: int) -> int:
+    """Say what room a sequence takes in a round."""
+    return context + round_tokens(draft_tokens) + SLACK_TOKENS
+
+
 def requests(cell: Cell, seed: int = 0) -> tuple[Request, ...]:
     """Make a cell's prompts: random ids, no two with a common beginning."""
     batch, context = cell
@@ -149,24 +158,19 @@ def measure(
     engines: Mapping[str, Any],
     cells: Iterable[Cell],
     *,
-    rounds: int = 3,
-    output_tokens: int = 192,
+    rounds: int = 18,
     group: str = "",
-    seed: int = 0,
     prompts_of: Callable[[Cell], Sequence[Request]] = requests,
     temperature: float = 0.0,
-    marked: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Let living engines take turns at every cell; one row for each engine, cell and round.
 
     Args:
         engines: name to `Engine`; ready, or getting ready
-        rounds: without marks, at least; before them each engine has one that is not counted. One alone stays one
+        rounds: without marks, and as many with; before them each engine has one that is not counted
         group: name of this set of engines, for the rows
-        seed: of the prompts
-        prompts_of: makes a cell's prompts; random ids if not given
-        marked: add to each round one with marks, for the parts of a step
+        prompts_of: makes a cell's prompts, the same in every round; random ids if not given
         progress: called with the number of cells done and of all
 
     Raises:
@@ -177,7 +181,7 @@ def measure(
     for done, cell in enumerate(cells):
         able = {}
         for name, engine in engines.items():
-            if reason := refusal(engine.spec, facts[name].kv_cache_tokens, cell, output_tokens):
+            if reason := refusal(engine.spec, facts[name].kv_cache_tokens, cell):
                 rows.append(_row(group, engine.spec, cell, reason=reason))
             else:
                 able[name] = engine
@@ -186,26 +190,22 @@ def measure(
         options = {"temperature": temperature, "ignore_eos": True}
         for engine in able.values():
             engine.generate(prompts, max_tokens=32, **options)  # computes the prompts, and compiles what is missing
-        made: dict[tuple[str, bool], list[Row]] = {(name, kind): [] for name in able for kind in (False, True)}
-        most = PATIENCE * rounds if rounds > 1 else 1
-        for turn, with_marks in itertools.product(range(most), (False, True) if marked else (False,)):
-            order = list(able)
+        for turn in range(rounds):
+            order = list(able.values())
             shift = turn % max(1, len(order))
-            for name in order[shift:] + order[:shift]:
-                if turn >= rounds and len(_quiet(made[name, with_marks])) > 1:
-                    continue
-                found = able[name].generate(prompts, max_tokens=output_tokens, breakdown=with_marks, **options)
-                made[name, with_marks].append(_measured(group, able[name].spec, cell, turn, with_marks, found))
-                rows.append(made[name, with_marks][-1])
+            for engine, marked in itertools.product(order[shift:] + order[:shift], (False, True)):
+                tokens = round_tokens(engine.spec.draft_tokens)
+                found = engine.generate(prompts, max_tokens=tokens, breakdown=marked, **options)
+                rows.append(_measured(group, engine.spec, cell, turn, marked, found))
         if progress:
             progress(done + 1, len(cells))
     return rows
 
 
-def refusal(spec: EngineSpec, kv_cache_tokens: int, cell: Cell, output_tokens: int) -> str | None:
+def refusal(spec: EngineSpec, kv_cache_tokens: int, cell: Cell) -> str | None:
     """Say why an engine cannot take a cell, if it cannot."""
     batch, context = cell
-    length = context + output_tokens + SLACK_TOKENS
+    length = sequence_tokens(context, spec.draft_tokens)
     if batch > spec.max_num_seqs:
         return f"{batch} sequences, the engine takes {spec.max_num_seqs}"
     if length > spec.max_model_len:
@@ -216,7 +216,7 @@ def refusal(spec: EngineSpec, kv_cache_tokens: int, cell: Cell, output_tokens: i
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """One row for each engine and cell: medians over its quiet rounds, the spread of all, the speed-up over vanilla.
+    """One row for each engine and cell: its pace, the speed-up over vanilla's, and beside them the median round's.
 
     Vanilla is that of the same group, with the same backend where there is one. Parts are of the rounds with marks.
     What a step gives is the mean of all rounds, or exactly what was assumed: the luck of a draw is no speed.
@@ -226,28 +226,23 @@ def summary(rows: Iterable[Row]) -> list[Row]:
         collected.setdefault((row["group"], row["engine"], row["batch"], row["context"]), []).append(row)
     table = []
     for members in collected.values():
-        plain = [row for row in members if row["step_ms"] is not None and not row["marked"]]
-        quiet, marked = _quiet(plain), _quiet([row for row in members if row["marked"]])
+        plain, marked = ([row for row in members if row["step_ms"] and row["marked"] == kind] for kind in (False, True))
         rates = members[0]["assumed_rates"] or _mean_rates(plain)
-        per_step = cost.expected_tokens(rates) if rates else _median(row["tokens_per_step"] for row in plain)
+        per_step = cost.expected_tokens(rates) if rates else _quantile((row["tokens_per_step"] for row in plain), 0.5)
+        steps = _over_rounds(plain, "step_ms")
+        parts = {key: time for name in ("step_ms", *PARTS) for key, time in _over_rounds(marked, name).items()}
+        speeds = [_tok_s(members[0]["batch"], per_step, step) for step in steps.values()]
         table.append(
             {name: members[0][name] for name in (*_WHO, "acceptance", "assumed_rates", "reason")}
-            | {name: _median(row[name] for row in quiet) for name in ("decode_tok_s", *_STEP)}
-            | {"steady_tok_s": _median(_tok_s(quiet, per_step))}
-            | {f"steady_p{percent}_tok_s": _quantile(_tok_s(plain, per_step), percent / 100) for percent in (20, 80)}
-            | {
-                "tokens_per_step": per_step,
-                "rates": rates,
-                "drawn_rates": _mean_rates(plain),
-                "rounds": len(plain),
-                "quiet_rounds": len(quiet),
-            }
-            | {f"marked_{name}": _median(row[name] for row in marked) for name in ("step_ms", *PARTS)}
+            | steps
+            | dict(zip(("steady_tok_s", "steady_median_tok_s", "steady_p20_tok_s"), speeds, strict=True))
+            | {"tokens_per_step": per_step, "rates": rates, "drawn_rates": _mean_rates(plain), "rounds": len(plain)}
+            | {f"marked_{key}": time for key, time in parts.items()}
         )
     for row in table:
-        base = _vanilla(row, table)
-        known = base and row["steady_tok_s"] is not None and base["steady_tok_s"] is not None
-        row["speed_up"] = row["steady_tok_s"] / base["steady_tok_s"] if known else None
+        base = _vanilla(row, table) or dict.fromkeys(row)
+        for name, speed in (("speed_up", "steady_tok_s"), ("median_speed_up", "steady_median_tok_s")):
+            row[name] = row[speed] / base[speed] if row[speed] and base[speed] else None
     return table
 
 
@@ -270,8 +265,8 @@ def compare(table: Iterable[Row]) -> list[Row]:
             rates = {k: drafted[k]["rates"] for k in speed}
             for row in cost.compare({0: vanilla} | measured, rates, {0: 1.0} | speed):
                 where = {"backend": backend, "method": method, "batch": batch, "context": context}
-                whose = drafted[row["K"]]
-                compared.append(where | {name: whose[name] for name in ("acceptance", "rounds", "quiet_rounds")} | row)
+                beside = {name: drafted[row["K"]][name] for name in ("acceptance", "rounds", "median_speed_up")}
+                compared.append(where | beside | row)
     return compared
 
 
@@ -303,20 +298,19 @@ def against_backends(table: Iterable[Row], ours: str = SUITE_PAGED) -> list[Row]
 
 
 _WHO = ("group", "engine", "method", "K", "backend", "batch", "context")
-_RUN = ("round", "marked", "tokens", "wall_s", "prefill_s")
-_STEP = ("step_ms", "step_p20_ms", "step_p80_ms")
+_RUN = ("round", "marked", "tokens", "wall_s", "prefill_s", "decode_tok_s", "steady_tok_s")
+_STEP = ("step_ms", "step_p20_ms", "step_p80_ms", "tokens_per_step", "rates", "steps", *PARTS)
 
 
 def _row(group: str, spec: EngineSpec, cell: Cell, *, reason: str | None = None, **values) -> Row:
     """A row of which only what is given is known."""
     who = (group, spec.name, spec.method, spec.draft_tokens, spec.backend, *cell)
     assumed = spec.synthetic_acceptance
-    unknown = (*_RUN, "decode_tok_s", "steady_tok_s", *_STEP, "tokens_per_step", "rates", "steps", *PARTS)
     return (
         dict(zip(_WHO, who, strict=True))
         | {"acceptance": ("assumed" if assumed else "measured") if spec.draft_tokens else None}
         | {"assumed_rates": tuple(assumed) if assumed else None, "reason": reason}
-        | dict.fromkeys(unknown)
+        | dict.fromkeys((*_RUN, *_STEP))
         | values
     )
 
@@ -329,7 +323,7 @@ def _measured(group: str, spec: EngineSpec, cell: Cell, turn: int, marked: bool,
     drafts = found.counters.drafts + found.undrafted
     rates = tuple(accepted / drafts for accepted in found.counters.accepted_per_position) if drafts else None
     per_step = (1 + sum(rates) if rates is not None else None) if spec.draft_tokens else 1.0
-    step = _median(steps)
+    step = _quantile(steps, 0.5)
     parts = found.components or {}
     return _row(
         group,
@@ -341,7 +335,7 @@ def _measured(group: str, spec: EngineSpec, cell: Cell, turn: int, marked: bool,
         wall_s=found.wall_s,
         prefill_s=found.prefill_s,
         decode_tok_s=(tokens - batch) / found.decode_s if found.decode_s else None,  # a prompt gives the first one
-        steady_tok_s=batch * per_step / step * 1e3 if per_step and step else None,
+        steady_tok_s=_tok_s(batch, per_step, step),
         step_ms=step,
         step_p20_ms=_quantile(steps, 0.2),
         step_p80_ms=_quantile(steps, 0.8),
@@ -353,9 +347,9 @@ def _measured(group: str, spec: EngineSpec, cell: Cell, turn: int, marked: bool,
 
 
 def _components(rows: Sequence[Row]) -> Components | None:
-    """Parts of a step, the median over rows; None where no row has them."""
+    """Parts of a step at their pace, the median over rows; None where no row has them."""
     known = [row for row in rows if row["marked_step_ms"] is not None and row["marked_verify_ms"] is not None]
-    return Components(*(_median(row[f"marked_{name}"] for row in known) for name in PARTS)) if known else None
+    return Components(*(_quantile((row[f"marked_{name}"] for row in known), 0.5) for name in PARTS)) if known else None
 
 
 def _vanilla(row: Row, table: Sequence[Row]) -> Row | None:
@@ -367,15 +361,14 @@ def _vanilla(row: Row, table: Sequence[Row]) -> Row | None:
     return next((other for other in same if other["backend"] == row["backend"]), same[0] if same else None)
 
 
-def _quiet(rows: Sequence[Row]) -> list[Row]:
-    """The rounds of one engine and cell at about its quickest pace."""
-    known = [row for row in rows if row["step_ms"] is not None]
-    pace = min((row["step_ms"] for row in known), default=None)
-    return [row for row in known if row["step_ms"] <= pace * QUIET]
+def _over_rounds(rows: Sequence[Row], name: str) -> Row:
+    """A time's pace, and beside it the median and the 80th percentile of rounds."""
+    stem = name.removesuffix("_ms")
+    return {f"{stem}{end}_ms": _quantile((row[name] for row in rows), share) for end, share in OVER_ROUNDS.items()}
 
 
-def _tok_s(rows: Sequence[Row], per_step: float | None) -> list[float]:
-    return [row["batch"] * per_step / row["step_ms"] * 1e3 for row in rows] if per_step else []
+def _tok_s(batch: int, per_step: float | None, step_ms: float | None) -> float | None:
+    return batch * per_step / step_ms * 1e3 if per_step and step_ms else None
 
 
 def _mean_rates(rows: Sequence[Row]) -> tuple[float, ...] | None:
@@ -383,12 +376,7 @@ def _mean_rates(rows: Sequence[Row]) -> tuple[float, ...] | None:
     return tuple(statistics.fmean(column) for column in zip(*known, strict=True)) if known else None
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
-def _quantile(values: Sequence[float | None], share: float) -> float | None:
+def _quantile(values: Iterable[float | None], share: float) -> float | None:
     known = sorted(value for value in values if value is not None)
     if not known:
         return None

@@ -76,20 +76,20 @@ class StepClock:
             now = time.perf_counter()
         self._steps[-1].marks[name] = now
 
-    def steps(self) -> list[dict[str, float]]:
-        """Times in milliseconds of every decode step that another decode step of as many sequences follows."""
+    def steps(self, batch: int) -> list[dict[str, float]]:
+        """Times in milliseconds of every decode step of the whole batch that another one follows."""
         if self._on_device and self._steps:
             torch.cuda.synchronize()
         pairs = zip(self._steps, self._steps[1:], strict=False)
         return [
             self._times(step, following)
             for step, following in pairs
-            if step.decode and following.decode and step.sequences == following.sequences
+            if step.decode and following.decode and step.sequences == following.sequences == batch
         ]
 
-    def components(self) -> dict[str, float | int | None]:
-        """Median over the decode steps of each part and of the whole, in milliseconds; None where none was seen."""
-        steps = self.steps()
+    def components(self, batch: int) -> dict[str, float | int | None]:
+        """Median over these steps of each part and of the whole, in milliseconds; None where none was seen."""
+        steps = self.steps(batch)
         names = ("step_ms", *PARTS)
         medians = {name: statistics.median(step[name] for step in steps) if steps else None for name in names}
         return medians | {"steps": len(steps)}

@@ -47,8 +47,6 @@ AS_RELEASED = "vLLM as released"
 OWN_FILE = "file:"  # before the name of a file of prompts, in place of a task
 SHAPE = "8b:"  # before a cell that is timed on the shape of Llama-3.1-8B
 SHOTS = (0, 5)  # solved examples before a question of lm-eval
-SHAPE_OUTPUT_TOKENS = 192
-TURN_TOKENS = 64  # a host changes its pace between turns more than within, so many short ones say more
 LONG = 16_384  # tokens of context from which backends are compared on the shape
 FEW = 4  # requests for each rank
 BESIDE_TOKENS = 64  # after a near-tie nothing can be compared, so longer answers would show less
@@ -136,8 +134,12 @@ def specs(found: Mapping[str, models.Pair], methods: Iterable[str], draft_tokens
     return [spec(found[VANILLA], **options), *(spec(found[method], k, **options) for method, k in asked)]
 
 
-def options(cells: Sequence[str], output_tokens: int, seed: int) -> dict:
+def options(cells: Sequence[str], draft_tokens: int, output_tokens: int, seed: int) -> dict:
     """Return what all engines of the models have in common: room for the largest cell, and what the machine needs.
+
+    Args:
+        draft_tokens: the largest K.
+        output_tokens: of the longest answer.
 
     Raises:
         ValueError: a cell cannot be read, or is of the shape, on a machine without a GPU.
@@ -148,7 +150,8 @@ def options(cells: Sequence[str], output_tokens: int, seed: int) -> dict:
             f"cells={list(cells)}: {len(shaped)} of the shape, which needs a GPU; leave out those of {SHAPE}"
         )
     batch = max([8, *(batch for batch, _ in largest)])
-    length = max([1024, *(context + output_tokens + latency.SLACK_TOKENS for _, context in largest)])
+    answer = MAX_PROMPT_TOKENS + output_tokens + latency.SLACK_TOKENS
+    length = max([1024, answer, *(latency.sequence_tokens(context, draft_tokens) for _, context in largest)])
     # vLLM sets the generator of a seeded prompt back when it computes it in two parts; those of a CPU cannot be.
     unparted = {"max_num_batched_tokens": batch * MAX_PROMPT_TOKENS} if device() == "cpu" else {}
     return unparted | {
@@ -295,7 +298,7 @@ class Study:
             return one.generate(temperature=1.0, seed=self.seed + OTHER_SEED, **self._sampling)
         return one.generate(temperature=1.0, seed=self.seed, logprobs=LOGPROBS_SAMPLED, **self._sampling)
 
-    def time(self, wanted: Sequence[latency.Cell], rounds: int, output_tokens: int, texts: Sequence[Request]) -> None:
+    def time(self, wanted: Sequence[latency.Cell], rounds: int, texts: Sequence[Request]) -> None:
         """Let all living engines take turns at each (sequences, context), on contexts cut from `texts`.
 
         What a draft is accepted for, and so a speed-up, depends on the text: these are the prompts that acceptance was
@@ -309,7 +312,7 @@ class Study:
             endless = itertools.cycle(tokens)
             return [Request(f"{i}", "timed", token_ids=tuple(itertools.islice(endless, context))) for i in range(batch)]
 
-        self._measure(self.engines, wanted, rounds, output_tokens, MODELS, cut)
+        self._measure(self.engines, wanted, rounds, MODELS, cut)
 
     def time_shape(self, wanted: Sequence[latency.Cell], draft_tokens: Sequence[int], rounds: int) -> None:
         """Time the shape of Llama-3.1-8B with dummy weights: every K, and at long contexts every backend.
@@ -327,14 +330,14 @@ class Study:
         groups = latency.plan(
             str(target), str(draft), memory_bytes=torch.cuda.get_device_properties(0).total_memory,
             draft_tokens=draft_tokens, cells=every_k, backend=names[0], backends=tuple(dict.fromkeys(names)),
-            backend_cells=long, output_tokens=SHAPE_OUTPUT_TOKENS,
+            backend_cells=long,
         )  # fmt: skip
         for group in groups:
             told = Progress(what=f"engines up ({group.name})")
             with engine.alive(group.specs, self.folder / "engines" / group.name, progress=told) as engines:
                 for one in engines.values():
                     self._note(self.facts, "facts", {"group": group.name} | _described(one))
-                self._measure(engines, group.cells, rounds, SHAPE_OUTPUT_TOKENS, group.name)
+                self._measure(engines, group.cells, rounds, group.name)
 
     def beside(
         self, what: Iterable[str], pair: models.Pair, draft_tokens: int, asked: Asked, max_tokens: int,
@@ -377,14 +380,10 @@ class Study:
             for one in found:
                 self._note([], "score", dataclasses.asdict(one))
 
-    def _measure(
-        self, engines, wanted, rounds: int, output_tokens: int, group: str, prompts_of=latency.requests
-    ) -> None:
+    def _measure(self, engines, wanted, rounds: int, group: str, prompts_of=latency.requests) -> None:
         began, progress = time.monotonic(), Progress(what="cells timed")
-        turns = max(1, output_tokens // TURN_TOKENS)
         rows = latency.measure(
-            engines, wanted, rounds=rounds * turns, output_tokens=output_tokens // turns, group=group,
-            prompts_of=prompts_of,
+            engines, wanted, rounds=rounds, group=group, prompts_of=prompts_of,
             progress=lambda done, total: progress(done, total, time.monotonic() - began),
         )  # fmt: skip
         for row in rows:

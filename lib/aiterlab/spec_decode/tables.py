@@ -175,7 +175,7 @@ def scores(found: Sequence[accuracy.Score]) -> list[dict]:
 
 
 def times(rows: Sequence[dict]) -> list[dict]:
-    """Medians, spread and speed-ups of each engine and cell."""
+    """Pace, spread and speed-ups of each engine and cell."""
     return latency.summary(rows)
 
 
@@ -203,7 +203,7 @@ def predicted(rows: Sequence[dict]) -> pd.DataFrame:
             "error": f"{row['relative_error']:+.1%}",
             "error, K left out": None if row["left_out_error"] is None else f"{row['left_out_error']:+.1%}",
             "nothing accepted": f"{row['worst_case_speed_up']:.2f} ×",
-            "quiet rounds": f"{row['quiet_rounds']} of {row['rounds']}",
+            "median round": f"{row['median_speed_up']:.2f} ×",
         }
         for row in rows
     ]
@@ -275,7 +275,6 @@ def throughput(rows: Sequence[dict]) -> list[dict]:
             "context": row["context"],
             "tokens_per_s": row["steady_tok_s"],
             "tokens_per_s_low": row["steady_p20_tok_s"],
-            "tokens_per_s_high": row["steady_p80_tok_s"],
             "reason": row["reason"],
         }
         for row in rows
@@ -326,11 +325,11 @@ def _shown(part: Sequence[dict], compared: Sequence[dict], real: bool) -> Shown:
         where = f", {row['batch']} x {row['context']}" if several else ""
         found = model.get(_place(row), {})
         if row["K"] and (row["batch"], row["context"]) in cells:
-            spread = [row[n] / row["steady_tok_s"] * row["speed_up"] if row["speed_up"] else None for n in _SPREAD]
+            low = row["speed_up"] * row["steady_p20_tok_s"] / row["steady_tok_s"] if row["speed_up"] else None
             rows.append(
                 {"series": row["method"] + where, "method": row["method"], "draft_tokens": row["K"]}
-                | {"speedup": row["speed_up"], "speedup_low": spread[0], "speedup_high": spread[1]}
-                | {"predicted": found.get("predicted_speed_up"), "reason": row["reason"]}
+                | {"speedup": row["speed_up"], "speedup_low": low, "predicted": found.get("predicted_speed_up")}
+                | {"reason": row["reason"]}
             )
         if (row["batch"], row["context"]) == cells[0]:
             parts.append(
@@ -351,7 +350,6 @@ def _shown(part: Sequence[dict], compared: Sequence[dict], real: bool) -> Shown:
 
 
 ASSUMED = f"rates per position as published ({cost.PUBLISHED_SOURCE})"
-_SPREAD = ("steady_p20_tok_s", "steady_p80_tok_s")
 _PARTS = ("draft_ms", "verify_ms", "sample_ms", "host_ms")
 _MOST_SERIES = 6
 

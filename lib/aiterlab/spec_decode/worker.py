@@ -230,7 +230,7 @@ class _Worker:
             "steps_ms": steps_ms,
             "steps_sequences": sequences,
             "undrafted": undrafted if self.spec.draft_tokens else 0,
-            "components": clock.components() if clock else None,
+            "components": clock.components(len(collected)) if clock else None,
         }
 
     def _clock(self):

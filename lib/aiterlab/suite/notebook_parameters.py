@@ -185,7 +185,7 @@ class RunEagleSpecDecode(NotebookParameters):
         [0.0, 1.0], description="acceptance is measured at each; 0 must be among them"
     )
     samples: Positive = Field(300, description="of each of four prompts, for the test of distributions")
-    rounds: Positive = Field(3, description="interleaved repeats of each timing, in turns of 64 tokens")
+    rounds: Positive = Field(6, description="interleaved short rounds of each timing; their 20th percentile counts")
     cells: Each[Cell] = Field(
         ["1x128", "4x128"], description="sequences x context, timed; 8b: before one for the shape of Llama-3.1-8B"
     )
