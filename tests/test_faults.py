@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Break a run in every way that users meet, and ask that nothing is lost, nothing left running, and all of it true."""
 
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from fault_runs import TABLE, WAYS, Bench, check_notebook, check_run
 
 from aiterlab.suite import resume, status
 
-pytestmark = pytest.mark.long  # whole runs, some minutes: `make test ARGS="-m long tests/test_faults.py"`
+pytestmark = pytest.mark.slow  # whole runs of the runner
 
 SAVE = """\
 from aiterlab.records import save_record
@@ -129,22 +130,31 @@ def table():
     print("\n" + "\n".join(TABLE))
 
 
-@pytest.fixture(scope="module", params=WAYS)
-def endings(request, tmp_path_factory):
-    """One run of all notebooks that end by themselves, or by their budget."""
-    bench = Bench(tmp_path_factory.mktemp(request.param), request.param)
-    for stem, (cells, row, *_) in ENDINGS.items():
-        if request.param == "fork" or stem in SPAWNED:
-            bench.add(stem, *cells, **row)
-    return bench.run("--at-once", "4")
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """Return one run for each way, of all notebooks that end by themselves, or by their budget."""
+
+    @functools.cache
+    def run(way):
+        bench = Bench(tmp_path_factory.mktemp(way), way)
+        for stem, (cells, row, *_) in ENDINGS.items():
+            if way == "fork" or stem in SPAWNED:
+                bench.add(stem, *cells, **row)
+        return bench.run("--at-once", "4")
+
+    return run
+
+
+@pytest.fixture(params=WAYS)
+def endings(request, run_of):
+    return run_of(request.param)
 
 
 @pytest.mark.parametrize(
-    ("endings", "stem"),
-    [(way, stem) for way in WAYS for stem in ENDINGS if way == "fork" or stem in SPAWNED],
-    indirect=["endings"],
+    ("way", "stem"), [(way, stem) for way in WAYS for stem in ENDINGS if way == "fork" or stem in SPAWNED]
 )
-def test_every_ending_is_told_truly(endings, stem):
+def test_every_ending_is_told_truly(run_of, way, stem):
+    endings = run_of(way)
     _, _, word, cells, reason = ENDINGS[stem]
     check_notebook(endings.folder / stem, word, cells, reason, f"{stem} ({endings.bench.way})")
     assert any(line.split()[:2] == [stem, word] for line in endings.text.splitlines()), endings.text
