@@ -213,9 +213,15 @@ def test_secrets_and_the_home_directory_reach_no_artifact(tmp_path, monkeypatch)
     show = 'print(os.environ["HF_TOKEN"])\nos.environ["HF_TOKEN"], "hf_abcdefghijkl"'
     monkeypatch.setattr(execution, "kernel_environment", _environment_with_real_home(execution.kernel_environment))
     monkeypatch.setenv("HOME", "/home/someone")
-    outcome, folder, _ = run(tmp_path, home, show, 'raise ValueError("/home/someone " + os.environ["HF_TOKEN"])')
-    assert outcome.status == "failed"
-    for path in folder.iterdir():
+    # A process that the notebook starts may be killed after the notebook's last look at its log.
+    engine = """from aiterlab.paths import output_dir
+(output_dir("01_x") / "engines").mkdir()
+(output_dir("01_x") / "engines" / "server.log").write_text("/home/someone/lib.py:1: " + os.environ["HF_TOKEN"])"""
+    stop = 'raise ValueError("/home/someone " + os.environ["HF_TOKEN"])'
+    outcome, folder, _ = run(tmp_path, home, show, engine, stop)
+    assert outcome.status == "failed" and outcome.cells[3].status == "ok"
+    assert "lib.py:1" in (folder / "engines" / "server.log").read_text()
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         text = path.read_text()
         assert "hf_abcdefghijkl" not in text and "/home/someone" not in text, path.name
     assert "(masked)" in (folder / "log.txt").read_text()

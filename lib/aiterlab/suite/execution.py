@@ -340,9 +340,8 @@ def write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.Not
     outcome.finding = _finding(job.folder / records.RECORD_NAME)
     outcome.stamp(notebook)
     settle_cells(notebook)
-    log = job.folder / LOG_NAME
     for what, write in (
-        ("log", lambda: records.atomic_write_text(log, scrubbed_log(log))),
+        ("log", lambda: _scrub_logs(job.folder)),
         ("executed copy", lambda: write_executed(notebook, job.folder / EXECUTED_NAME)),
         # From the notebook in memory: the executed copy may have lost its largest figures.
         ("report", lambda: report.write_report(publishable(notebook), job.folder)),
@@ -355,9 +354,15 @@ def write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.Not
     outcome.save(job.folder)
 
 
-def scrubbed_log(log: Path) -> str:
-    """Return the log's text without home directories and secrets."""
-    return security.scrub(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else ""
+def _scrub_logs(folder: Path) -> None:
+    """Take home directories and secrets out of the run's own log, and out of those of processes that it has started."""
+    own = folder / LOG_NAME
+    own.touch()
+    for log in (own, *folder.rglob("*.log")):
+        said = log.read_bytes()
+        kept = security.scrub(said.decode("utf-8", errors="replace"))
+        if kept.encode() != said:
+            records.atomic_write_text(log, kept)
 
 
 def _finding(record: Path) -> str | None:

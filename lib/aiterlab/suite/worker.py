@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from aiterlab import children
 from aiterlab.suite import family, hold
 from aiterlab.suite.job import Job
 from aiterlab.suite.signals import TO_END
+
+_AFTER_KILL_S = 0.5  # in which a runner that was killed as well is gone
 
 
 @dataclass
@@ -143,7 +146,12 @@ def _wait(child: int, parent: int) -> tuple[int, bool]:
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     for number in TO_END:
         signal.signal(number, signal.SIG_IGN)  # from here on its number may be another process's
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), bool(asked)
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    # Whoever kills a run kills its processes one after another, and a runner takes longer to go than its notebook.
+    deadline = time.monotonic() + _AFTER_KILL_S
+    while exit_code < 0 and not asked and os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return exit_code, bool(asked) or os.getppid() != parent
 
 
 def _run(job: Job, keeper: int, *, forked: bool) -> int:
