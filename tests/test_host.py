@@ -4,6 +4,7 @@
 import pytest
 
 from aiterlab import host
+from aiterlab.suite import gpus
 
 INSTINCT = "cpu_cores_count 0\nsimd_count 1216\ngfx_target_version 90402\ndrm_render_minor 128\n"
 SMI = '#!/bin/sh\necho "NVIDIA H200, 143771, 9.0, 580.82.07"\necho "NVIDIA H200, 143771, 9.0, 580.82.07"\n'
@@ -104,3 +105,16 @@ def test_the_limits_of_a_container_are_facts_of_the_machine(system, groups, file
     assert (facts["cpu_limit_cores"], facts["memory_limit_bytes"]) == (cores, memory)
     assert ("memory_limit_bytes" in missing) == (memory is None)
     assert facts["cpu_count"] >= facts["cpu_usable_count"] >= 1 and facts["memory_bytes"] > 2**28
+
+
+@pytest.mark.parametrize("error", [OSError("no answer"), ValueError("an odd node")])
+def test_a_driver_that_does_not_answer_offers_no_gpu(monkeypatch, error):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(gpus, "_nvidia", list)
+    monkeypatch.setattr(host, "amd_gpus", refuse)
+    assert gpus.visible() == []
+    monkeypatch.setattr(host, "amd_gpus", lambda: [{}, {}])
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    assert gpus.visible() == ["1"]

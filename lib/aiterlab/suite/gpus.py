@@ -15,7 +15,7 @@ _CHOSEN = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"
 
 def visible() -> list[str]:
     """Return the ids of the GPUs that this process may use: those that its environment chooses, else all."""
-    there = _nvidia() or [str(number) for number, _ in enumerate(host.amd_gpus())]
+    there = _nvidia() or _amd()
     for name in _CHOSEN:
         if (chosen := os.environ.get(name)) is not None:
             return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")] if there else []
@@ -43,3 +43,9 @@ def _lock_file(gpu: str) -> TextIO:
 def _nvidia() -> list[str]:
     numbers = [re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*")]
     return sorted((found.group(1) for found in numbers if found), key=int)
+
+
+def _amd() -> list[str]:
+    with contextlib.suppress(OSError, ValueError):  # a driver that does not answer must not keep a run from starting
+        return [str(number) for number, _ in enumerate(host.amd_gpus())]
+    return []
