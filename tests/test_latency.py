@@ -98,7 +98,12 @@ def test_engines_of_the_shape_can_share_compiled_code():
 
 
 def test_a_smaller_gpu_has_more_groups_and_a_tiny_one_none():
-    assert len(latency.plan("t", "d", memory_bytes=79 * GIB, backends=())) > 2
+    groups = latency.plan("t", "d", memory_bytes=79 * GIB)
+    assert [group.name for group in groups[:3]] == ["backends", "backends", "K = 1, 2"]
+    assert all(latency.engine_bytes(*group.specs) <= 79 * GIB for group in groups)
+    for group in groups[:2]:  # vanilla and ours, which the others are held against, are in both
+        assert {(0, "FLASH_ATTN"), (4, "SUITE_PAGED")} < {(one.draft_tokens, one.backend) for one in group.specs}
+    assert {one.draft_tokens for group in groups for one in group.specs} == set(range(8))
     with pytest.raises(ValueError, match="may be used"):
         latency.plan("t", "d", memory_bytes=24 * GIB)
 

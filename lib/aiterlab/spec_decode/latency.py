@@ -71,9 +71,10 @@ def plan(
 
     Vanilla is in every group, since speed-ups are taken within one. The backends come first, and all engines have the
     same room and the same graphs: vLLM then finds compiled code of this group again in the others, whatever their K.
+    Where the backends do not fit at once, they are in several groups of one name, our own backend in each of them.
 
     Raises:
-        ValueError: vanilla and one more engine do not fit.
+        ValueError: vanilla, our backend if it is asked for, and one more engine do not fit.
     """
 
     where = (*cells, *(backend_cells if backends else ()))
@@ -106,21 +107,13 @@ def plan(
     groups = []
     room = int(memory_bytes * USABLE)
     if backends:
-        held = [spec(0, backends[0]), *(spec(backend_draft_tokens, name) for name in backends)]
-        extra = [spec(0, name) for name in reversed(backends[1:])]
-        held += itertools.takewhile(lambda one: engine_bytes(*held, one) <= room, extra[:1])
-        groups.append(Group("backends", tuple(held), tuple(backend_cells)))
-    vanilla = spec(0, backend)
-    remaining = [spec(k, backend) for k in draft_tokens]
-    while remaining:
-        held = [vanilla]
-        while remaining and engine_bytes(*held, remaining[0]) <= room:
-            held.append(remaining.pop(0))
-        if len(held) == 1:
-            raise ValueError(
-                f"vanilla and {remaining[0].name} need {engine_bytes(vanilla, remaining[0]) / 2**30:.0f} GiB, "
-                f"{room / 2**30:.0f} GiB may be used: leave out the largest cells"
-            )
+        first, *others = [spec(0, backends[0]), *(spec(backend_draft_tokens, name) for name in backends)]
+        ours = [one for one in others[1:] if one.backend == SUITE_PAGED]  # the others are held against it
+        divided = _divided([first, *ours], [one for one in others if one not in ours], room)
+        if len(backends) > 1 and engine_bytes(*divided[-1], second := spec(0, backends[-1])) <= room:
+            divided[-1].append(second)
+        groups += [Group("backends", tuple(held), tuple(backend_cells)) for held in divided]
+    for held in _divided([spec(0, backend)], [spec(k, backend) for k in draft_tokens], room):
         names = [str(one.draft_tokens) for one in held[1:]]
         groups.append(Group(f"K = {', '.join(names)}", tuple(held), tuple(cells)))
     return tuple(groups)
@@ -131,6 +124,22 @@ def engine_bytes(*specs: EngineSpec) -> int:
     return sum(
         TARGET_BYTES + (DRAFT_BYTES if spec.draft else 0) + spec.kv_cache_bytes + OVERHEAD_BYTES for spec in specs
     )
+
+
+def _divided(always: list[EngineSpec], rest: list[EngineSpec], room: int) -> list[list[EngineSpec]]:
+    """Divide `rest` into as few parts as fit in the room beside `always`, in order."""
+    parts: list[list[EngineSpec]] = []
+    for one in rest:
+        if not parts or engine_bytes(*parts[-1], one) > room:
+            parts.append([*always])
+        parts[-1].append(one)
+        if (needed := engine_bytes(*parts[-1])) > room:
+            names = [*(spec.name for spec in always), one.name]
+            raise ValueError(
+                f"{', '.join(names[:-1])} and {names[-1]} need {needed / 2**30:.0f} GiB, "
+                f"{room / 2**30:.0f} GiB may be used: leave out the largest cells"
+            )
+    return parts
 
 
 def round_tokens(draft_tokens: int) -> int:

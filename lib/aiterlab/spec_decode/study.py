@@ -332,9 +332,10 @@ class Study:
             draft_tokens=draft_tokens, cells=every_k, backend=names[0], backends=tuple(dict.fromkeys(names)),
             backend_cells=long,
         )  # fmt: skip
-        for group in groups:
+        for number, group in enumerate(groups, start=1):
             told = Progress(what=f"engines up ({group.name})")
-            with engine.alive(group.specs, self.folder / "engines" / group.name, progress=told) as engines:
+            logs = self.folder / "engines" / f"{number} {group.name}"
+            with engine.alive(group.specs, logs, progress=told) as engines:
                 for one in engines.values():
                     self._note(self.facts, "facts", {"group": group.name} | _described(one))
                 self._measure(engines, group.cells, rounds, group.name)
