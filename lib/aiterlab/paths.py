@@ -60,23 +60,26 @@ def cache_dir() -> Path:
     return root / "aiterlab"
 
 
-def output_dir(stem: str) -> Path:
-    """Return, created, the folder in which the notebook `stem` leaves its record and figures.
+def run_dir() -> Path:
+    """Return the folder of this run, which the runner names in the environment.
 
-    The runner names its run's folder in the environment; without it (a notebook opened by hand) outputs go to
-    `results/interactive/`, so that trying a cell never touches the results of a run.
+    Without it (a notebook opened by hand) that is `results/interactive/`: trying a cell never touches a run's results.
     """
+    run = os.environ.get(RUN_DIR_VARIABLE)
+    return Path(run) if run else results_dir() / "interactive"
+
+
+def output_dir(stem: str) -> Path:
+    """Return, created, the folder in which the notebook `stem` leaves its record and figures."""
     if not stem or Path(stem).name != stem:
         raise ValueError(f"a notebook's stem is a plain name such as '01_reproduce_regression', not {stem!r}")
-    run = os.environ.get(RUN_DIR_VARIABLE)
-    folder = (Path(run) if run else results_dir() / "interactive") / stem
+    folder = run_dir() / stem
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def cells_dir() -> Path:
     """Return, created, the folder that keeps the answers of this run's probes, shared by its notebooks."""
-    run = os.environ.get(RUN_DIR_VARIABLE)
-    folder = (Path(run) if run else results_dir() / "interactive") / CELLS_NAME
+    folder = run_dir() / CELLS_NAME
     folder.mkdir(parents=True, exist_ok=True)
     return folder

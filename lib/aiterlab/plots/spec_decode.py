@@ -146,7 +146,8 @@ def speedup_by_draft_tokens(rows: Sequence[Mapping], title: str, *, assumed: str
         va="bottom",
     )
     names = list(table["series"].unique())
-    missing = []
+    missing: list[str] = []
+    named: list[tuple] = []  # the best of each series
     for index, (series, colour) in enumerate(zip(names, _series_colours(table), strict=True)):
         part = table[table["series"] == series].sort_values("draft_tokens")
         there = part.dropna(subset="speedup")
@@ -161,21 +162,16 @@ def speedup_by_draft_tokens(rows: Sequence[Mapping], title: str, *, assumed: str
                 x[best], there.loc[best, "speedup"], s=170, facecolor="none", edgecolor=colour, linewidth=1.8, zorder=4
             )
             label = f"K = {there.loc[best, 'draft_tokens']}: {there.loc[best, 'speedup']:.2f} ×"
-            ax.annotate(
-                label,
-                (x[best], there.loc[best, "speedup"]),
-                (0, 9),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-                fontweight="bold",
-                color=colour,
-            )
+            named.append((x[best], there.loc[best, "speedup"], label, colour))
         gaps = part[part["speedup"].isna()]
         missing += [f"{series}, K = {row.draft_tokens}: {row.reason or 'not measured'}" for row in gaps.itertuples()]
     ax.set(xlim=(min(ks) - 0.5, max(ks) + 0.5), xticks=ks)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0.9), high + 0.1 * (high - low))
+    for x, y, label, colour in named:
+        below = any(abs(other - x) < 1 and 0 < above - y < 0.12 * (high - low) for other, above, *_ in named)
+        ax.annotate(label, (x, y), (0, -10 if below else 9), textcoords="offset points", ha="center",
+                    va="top" if below else "bottom", fontsize=9, fontweight="bold", color=colour)  # fmt: skip
     ax.set_xlabel("K, draft tokens per step" + "".join(f"\nno point: {one}" for one in missing))
     ax.set_ylabel("tokens per second, × vanilla")
     plain(ax, grid="y")

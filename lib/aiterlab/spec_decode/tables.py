@@ -284,7 +284,7 @@ def throughput(rows: Sequence[dict]) -> list[dict]:
 
 def kernels(device: str) -> list[dict]:
     """Attention's own times from the kernels' record: of this run if there is one, else the reference of this GPU."""
-    found = [paths.output_dir(KERNELS_STEM) / records.RECORD_NAME]
+    found = [paths.run_dir() / KERNELS_STEM / records.RECORD_NAME]
     found += sorted((paths.results_dir() / "reference").glob(f"*/{KERNELS_STEM}/{records.RECORD_NAME}"))
     for path in found:
         if path.is_file() and (record := records.load_record(path))["card"].get("device_name") == device:
