@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from aiterlab import paths, trees
+from aiterlab import paths, security, trees
 from aiterlab.machines import Machine
 from aiterlab.machines.description import with_switch
 from aiterlab.probes import EXPLICIT, Cell, Progress, answers, ask, pool
@@ -30,6 +30,7 @@ NOTE = "import os, pathlib, sys, time\npathlib.Path(__file__).with_name('pids').
 BEHAVIOURS = {
     "answers": "",
     "crashes": "print('a last word', file=sys.stderr); os.abort()\n",
+    "points": "print('at', __file__, file=sys.stderr)\n",
     "exits": "os._exit(0)\n",  # says that all is well and leaves no answer
     "hangs": "time.sleep(600)\n",
     "spawns": "import subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
@@ -106,6 +107,14 @@ def test_a_crash_and_a_hang_are_rows_and_the_other_cells_go_on(cell):
     assert not any(alive(pid) for c in asked for pid in pids(c))
     kept = [path for path in paths.cells_dir().iterdir() if path.suffix == ".json"]
     assert [json.loads(path.read_text())["platform"]["outcome"] for path in kept] == ["error", "error"]
+
+
+def test_what_a_cell_prints_names_no_home(cell, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ask([cell("points")], timeout_s=20)
+    (log,) = paths.cells_dir().glob("*.log")
+    assert "at ~/points-0/vllm/__init__.py" in log.read_text()
+    assert security.scan_folder(paths.cells_dir()) == []
 
 
 def test_an_answer_is_kept_and_not_asked_again(cell):

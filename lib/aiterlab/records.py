@@ -16,7 +16,7 @@ from typing import Any
 
 from aiterlab import provenance
 from aiterlab.paths import output_dir
-from aiterlab.security import scrub_tree
+from aiterlab.security import scrub, scrub_tree
 
 RECORD_NAME = "record.json"
 UNFIT_NAME = "record.unfit.json"
@@ -109,6 +109,14 @@ def append_line(path: Path | str, row: Mapping[str, Any]) -> None:
     line = json.dumps(scrub_tree(row)) + "\n"
     with open(path, "ab", buffering=0) as journal:
         journal.write(line.encode("utf-8"))
+
+
+def scrub_file(path: Path) -> None:
+    """Take home directories and secrets out of a text file that a process has written which knows of neither."""
+    said = path.read_bytes()
+    kept = scrub(said.decode("utf-8", errors="replace")).encode()
+    if kept != said:
+        atomic_write_bytes(path, kept)
 
 
 def atomic_write_text(path: Path | str, text: str) -> Path:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
+from aiterlab import records
 from aiterlab.probes import answers
 from aiterlab.probes.cells import Cell
 from aiterlab.probes.preload import Names
@@ -188,11 +189,14 @@ class Plan:
 
     def _cell_ended(self, unit: dict, index: int, ending: dict) -> None:
         cell, file = self.asked[index]
+        log = Path(_log(file))
+        if log.exists():
+            records.scrub_file(log)  # warnings and tracebacks name the files of whoever runs this
         row = answers.read(cell, file, ending) if ending["exit_status"] == 0 else None
         if row and (wrong := self._strange(unit, index, row["began_with"])):
             file.unlink()
             row = answers.unasked(cell, f"not isolated: {wrong}")
-        self._done(index, row or answers.unanswered(cell, ending, Path(_log(file))))
+        self._done(index, row or answers.unanswered(cell, ending, log))
 
     def _strange(self, unit: dict, index: int, began_with: dict) -> str | None:
         """What shows that this cell did not begin where the first of its group did; None as it should be."""

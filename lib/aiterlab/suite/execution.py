@@ -26,7 +26,7 @@ from nbclient.util import run_sync
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
-from aiterlab import records, security
+from aiterlab import records
 from aiterlab.paths import RUN_DIR_VARIABLE, STARTED_IN_VARIABLE
 from aiterlab.suite import packing, report, room, status, warm
 from aiterlab.suite.bookkeeping import TruthfulManager, settle_cells
@@ -359,10 +359,7 @@ def _scrub_logs(folder: Path) -> None:
     own = folder / LOG_NAME
     own.touch()
     for log in (own, *folder.rglob("*.log")):
-        said = log.read_bytes()
-        kept = security.scrub(said.decode("utf-8", errors="replace"))
-        if kept.encode() != said:
-            records.atomic_write_text(log, kept)
+        records.scrub_file(log)
 
 
 def _finding(record: Path) -> str | None:
