@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 from aiterlab import paths, security, trees
 from aiterlab.machines import Machine
 from aiterlab.machines.description import with_switch
-from aiterlab.probes import EXPLICIT, Cell, Progress, answers, ask, pool
+from aiterlab.probes import EXPLICIT, Cell, Progress, answers, ask, pool, preload
 from aiterlab.probes.reads import Forbidden, Reads
 from aiterlab.suite import family
 from aiterlab.trees import Tree
@@ -115,6 +116,15 @@ def test_what_a_cell_prints_names_no_home(cell, tmp_path, monkeypatch):
     (log,) = paths.cells_dir().glob("*.log")
     assert "at ~/points-0/vllm/__init__.py" in log.read_text()
     assert security.scan_folder(paths.cells_dir()) == []
+
+
+def test_a_pattern_that_was_compiled_ahead_is_not_told_with_every_answer(monkeypatch):
+    monkeypatch.setattr(preload, "_compiled", set())
+    known, new = ("(?:" + "|".join(f"{word}{n}" for n in range(2000)) + ")" for word in ("known", "new"))
+    preload.compile_all([known])
+    re.compile(new)
+    assert new in preload.long_patterns()
+    assert known not in preload.long_patterns()
 
 
 def test_an_answer_is_kept_and_not_asked_again(cell):

@@ -52,7 +52,9 @@ def audit() -> str:
         about = f"**{newest}** ({made(record)}; [{folder}]({folder}))"
         found = [row for row in record["found"] if row["tree"] == newest]
         lines = [(f"{row['statement']}: {row['what']}", f"`{row['command']}`") for row in found]
-        parts.append(f"{about}, {record['headline']}:\n")
+        pool = {name: values[0] for name, values in record["pace"].items()}
+        cost = f"{pool['cells asked']:,} cells in {pool['seconds'] / 60:.0f} minutes on {pool['workers']} cores"
+        parts.append(f"{about}, {record['headline']}; {cost}. {record['agreement']}\n")
         parts.append(_rows(["what contradicts the policy", "the command that shows it"], lines))
         shown = ["statement", "first broken", "last broken", "holds again in"]
         spans = zip(*([name or "–" for name in record["spans"][column]] for column in shown), strict=True)

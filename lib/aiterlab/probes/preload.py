@@ -26,6 +26,7 @@ OBSERVED = ("aiter", "aiter_meta", "aiterlab", "amdsmi", "csrc", "flash_attn", "
 
 # Their compilation takes a tenth of a second: AITER makes two of 30,000 characters when it is imported.
 _LONG_PATTERN = 10_000
+_compiled: set[str] = set()  # by `compile_all`, in this process or in one that it was forked from
 
 
 class Names:
@@ -115,10 +116,17 @@ def loadable(names: Iterable[str]) -> list[str]:
     return kept
 
 
+def compile_all(patterns: Iterable[str]) -> None:
+    """Compile regular expressions before the processes that need them begin."""
+    for pattern in patterns:
+        re.compile(pattern)
+        _compiled.add(pattern)
+
+
 def long_patterns() -> list[str]:
-    """Regular expressions that this process has compiled and that take long; compiling them anew costs nothing."""
+    """Regular expressions whose compilation takes long, and that nobody has compiled ahead of this process."""
     return [
         pattern
         for kind, pattern, flags in list(getattr(re, "_cache", ()))
-        if kind is str and len(pattern) > _LONG_PATTERN and not flags
+        if kind is str and len(pattern) > _LONG_PATTERN and not flags and pattern not in _compiled
     ]

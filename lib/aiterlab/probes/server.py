@@ -12,7 +12,6 @@ import contextlib
 import gc
 import json
 import os
-import re
 import select
 import sys
 import time
@@ -33,8 +32,7 @@ def main() -> None:
     if spoilt_by := preload.import_all(first.get("modules", ())):
         channel.write(json.dumps({"leave_out": spoilt_by}) + "\n")
         return
-    for pattern in first.get("patterns", ()):
-        re.compile(pattern)
+    preload.compile_all(first.get("patterns", ()))
     ahead.prepare()
     gc.collect()
     gc.freeze()  # children share these pages; a collection in a child would copy them
