@@ -52,6 +52,7 @@ ROWS = (
             "smoke": {
                 "profile": "smoke",
                 "trees": ["regressed", "release:0.16.0"],
+                "cold_share": 0.004,
             },
             "standard": {},
             "full": {
