@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """AMD code generation without a GPU: is the assembly read right, and do our kernels stay what they were tuned to be?"""
 
+import importlib.util
 import textwrap
 
-import pandas as pd
 import pytest
 
 from aiterlab import plots
-from aiterlab.attention import isa
+from aiterlab.attention import findings, isa, tables
 from aiterlab.attention.isa import assembly, bounds
 from aiterlab.attention.isa.launches import shapes
 from aiterlab.attention.isa.occupancy import occupancy
@@ -235,6 +235,17 @@ def test_other_architectures_and_the_reason_where_a_launcher_refuses():
     assert any("KeyError" in text.get_text() for text in fig.axes[0].texts)
 
 
+@pytest.mark.slow
+def test_without_aiter_the_kernels_of_the_others_are_compiled(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aiter" else find(name, *rest))
+    case = CASES["verify_q4_1x32k"]
+    launches = [isa.Launch(who, name, case) for who, name in (("suite", "paged"), ("aiter_triton", "unified"))]
+    rows = isa.table(isa.compile_launches(launches, ["gfx942"]))
+    assert rows.loc[rows["provider"] == "suite", "reason"].isna().all()
+    assert rows.loc[rows["provider"] == "aiter_triton", "reason"].str.contains("No module named 'aiter").all()
+
+
 def test_a_kernel_made_to_spill_is_seen(run_python, tmp_path):
     (tmp_path / "greedy.py").write_text(
         textwrap.dedent("""
@@ -276,4 +287,10 @@ def test_a_compiler_that_dies_is_an_answer_and_the_rest_goes_on(monkeypatch, tmp
     compiled = isa.compile_launches(launches, ["gfx942"])
     assert [answer.error for answer in compiled] == ["the process ended with status 134: LLVM ERROR: cannot select"] * 2
     rows = isa.table(compiled)
-    assert isinstance(rows, pd.DataFrame) and len(rows) == 2
+    assert len(rows) == 2 and rows["waves_per_simd"].isna().all()
+    # All that shows kernels shows that there are none, and why.
+    assert findings.code(rows).startswith("No kernel of the suite was compiled")
+    assert tables.bounds(rows).empty
+    assert tables.kernels(rows)["kernel"].str.contains("LLVM ERROR: cannot select").all()
+    assert tables.plain(rows)["waves_per_simd"] == [None, None]
+    assert any("ended with status 134" in text.get_text() for text in plots.occupancy(rows, "a title").axes[0].texts)

@@ -24,7 +24,13 @@ from aiterlab.machines.paged import attend_paged
 
 
 def install() -> None:
-    """Answer AITER's requests for compiled code in this process."""
+    """Answer AITER's requests for compiled code in this process.
+
+    Raises:
+        RuntimeError: AITER is not installed; its Python is never simulated.
+    """
+    if importlib.util.find_spec("aiter") is None:
+        raise RuntimeError("AITER is not installed: a machine with AITER needs its Python (pip install amd-aiter)")
     folder = paths.cache_dir() / "aiter-jit"  # stays empty: it keeps AITER from writing beside its own sources
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["AITER_JIT_DIR"] = os.environ["AITER_ROOT_DIR"] = str(folder)

@@ -36,7 +36,7 @@ def occupancy(rows: pd.DataFrame, title: str) -> Figure:
     )
     for ax, arch in zip(axes[0], architectures, strict=True):
         panel = first[first["arch"] == arch].set_index(["workload", "provider", "launcher"])
-        _frame(ax, arch, places[-1], most=16 if panel["waves_per_simd"].max() > 8 else 8)
+        _frame(ax, arch, places[-1], most=16 if (panel["waves_per_simd"] > 8).any() else 8)
         for y, line in zip(places, lines, strict=True):
             if line in panel.index:
                 _bar(ax, y, panel.loc[line], PROVIDERS[line[1]])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process in which launchers compile for another GPU: `python -m aiterlab.attention.isa.child`.
 
-It reads one JSON request from standard input, {"arch": …, "launches": […]}, and writes one JSON answer a line for each
-launch, in order. The driver answers for the requested architecture (machines/driver.py), and a launch stops after the
-compiler, so launchers run unchanged and no kernel does.
+It reads one JSON request from standard input, {"machine": …, "launches": […]}, and writes one JSON answer a line for
+each launch, in order. The driver answers for the requested architecture (machines/driver.py), and a launch stops after
+the compiler, so launchers run unchanged and no kernel does.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def main() -> None:
     request = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    _become(request["arch"])
+    _become(request["machine"])
     for launch in request["launches"]:
         print(json.dumps(_answer(launch)), file=answers, flush=True)
     os._exit(0)  # torch 2.13 prints a harmless error when AITER's operators are taken down
 
 
-def _become(arch: str) -> None:
-    """Make this process one on a GPU of `arch`, with the platforms of vLLM and AITER that belong to it."""
+def _become(machine: str) -> None:
+    """Make this process one on the described machine, with the platforms of vLLM and AITER that belong to it."""
     from aiterlab import importing
     from aiterlab.machines import simulation
     from aiterlab.machines.description import Machine
 
-    simulation.install(Machine(arch=arch, flash_attn=False), interpret=False)
+    simulation.install(Machine.from_json(machine), interpret=False)
     # vLLM's wheel for the CPU switches Triton off by its own version's name; this process compiles for a GPU.
     importing.after_import(
         "vllm.platforms", lambda platforms: setattr(platforms, "vllm_version_matches_substr", lambda part: False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -81,18 +82,20 @@ def compile_launches(
 
 
 def _answers(arch: str, launches: Sequence[Launch]) -> Iterator[Compiled]:
+    # Where AITER is not installed, the others' kernels can be compiled none the less.
+    machine = Machine(arch=arch, aiter=importlib.util.find_spec("aiter") is not None, flash_attn=False)
     left = list(launches)
     while left:
         with tempfile.TemporaryFile("w+", errors="replace") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", "aiterlab.attention.isa.child"],
-                env=_environment(arch),
+                env=_environment(machine),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
             )
-            request = {"arch": arch, "launches": [dataclasses.asdict(launch) for launch in left]}
+            request = {"machine": machine.to_json(), "launches": [dataclasses.asdict(launch) for launch in left]}
             with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that died already is noticed below
                 child.stdin.write(json.dumps(request))
             for line in child.stdout:
@@ -103,8 +106,8 @@ def _answers(arch: str, launches: Sequence[Launch]) -> Iterator[Compiled]:
                 yield Compiled(arch, left.pop(0), (), f"the process ended with status {child.returncode}: {last}", None)
 
 
-def _environment(arch: str) -> dict[str, str]:
-    changes = Machine(arch=arch, flash_attn=False).environment()
+def _environment(machine: Machine) -> dict[str, str]:
+    changes = machine.environment()
     changes |= {"TRITON_INTERPRET": None, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": None}
     environment = os.environ | {name: value for name, value in changes.items() if value is not None}
     return {name: value for name, value in environment.items() if changes.get(name, value) is not None}

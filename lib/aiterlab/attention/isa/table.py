@@ -11,6 +11,33 @@ from aiterlab.attention.isa.bounds import GPUS, cycles, lower_bound_us
 from aiterlab.attention.isa.compilation import Compiled, Kernel
 from aiterlab.attention.isa.occupancy import occupancy
 
+_TEXT = ("kernel", "limited_by", "matrix_instructions", "reason")
+_OF_CODE = (
+    "kernel",
+    "num_warps",
+    "num_stages",
+    "programs",
+    "vgprs",
+    "agprs",
+    "sgprs",
+    "vgpr_spills",
+    "sgpr_spills",
+    "scratch_bytes",
+    "lds_bytes",
+    "code_bytes",
+    "waves_per_simd",
+    "limited_by",
+    "in_loop",
+    "matrix_instructions",
+    "matrix_cycles",
+    "vector_cycles",
+    "matrix_share",
+    "exponentials",
+    "load_128bit_share",
+    "narrowest_lds_read_bits",
+    "waits",
+)
+
 
 def table(compiled: Iterable[Compiled]) -> pd.DataFrame:
     """Tabulate what launches compiled.
@@ -36,9 +63,11 @@ def table(compiled: Iterable[Compiled]) -> pd.DataFrame:
         lines += [launch | _line(answer.arch, kernel) | bounds for kernel in answer.kernels]
         if answer.error:
             lines.append(launch | {"reason": answer.error})
-    frame = pd.DataFrame(lines).convert_dtypes()
-    if "reason" not in frame:
-        frame["reason"] = pd.Series(pd.NA, frame.index, dtype="string")
+    columns = ["arch", "provider", "launcher", "workload", "operation", *_OF_CODE]
+    columns += [*(f"bound_{gpu.lower()}_us" for gpu in GPUS), "reason"]
+    frame = pd.DataFrame(lines, columns=columns).convert_dtypes()
+    for name in frame.columns[frame.isna().all()]:  # a column of nothing has a type all the same
+        frame[name] = frame[name].astype("string" if name in _TEXT else "Float64")
     return frame
 
 
