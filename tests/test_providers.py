@@ -202,6 +202,19 @@ def test_a_machine_is_entered_before_triton_is_imported(run_python):
     assert run_python(code).splitlines() == [reason, f"{reason}; start a new process"]
 
 
+@pytest.mark.parametrize(
+    "triton, numpy, works",
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.6.0+rocm", "2.10.1", False), ("3.7.0", "2.5.2", True)],
+)
+def test_an_interpreter_that_fails_with_this_numpy_is_not_available_and_the_mend_is_told(
+    monkeypatch, triton, numpy, works
+):
+    monkeypatch.setattr(place.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    answer = place._interpreter_works()
+    assert answer.holds is works
+    assert ("pip install 'numpy<2.4'" in answer.reason) is not works
+
+
 @pytest.mark.parametrize("value, preferred", [(None, False), ("0", False), ("1", True)])
 def test_aiter_lives_by_the_rule_that_it_can_be_used_whatever_the_switch_says(monkeypatch, value, preferred):
     at(monkeypatch, "rocm", "gfx942")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Literal
 
@@ -102,8 +103,28 @@ def triton_runs() -> Answer:
     else:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted:
-        return Answer(True, "in Triton's interpreter")
+        return _interpreter_works()
     return Answer(False, "there is no GPU, and Triton was imported before TRITON_INTERPRET=1 was set")
+
+
+def _interpreter_works() -> Answer:
+    """Triton 3.6 takes an array of one number for a number, which numpy refuses since 2.4 (triton-lang/triton#9171)."""
+    triton, numpy = (_installed(name) for name in ("triton", "numpy"))
+    if triton and numpy and _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        return Answer(False, f"the interpreter of Triton {triton} fails with numpy {numpy}: pip install 'numpy<2.4'")
+    return Answer(True, "in Triton's interpreter")
+
+
+def _installed(name: str) -> str | None:
+    """The version of a package; None where it has come under another name."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 def _simulate(machine: Machine) -> None:
