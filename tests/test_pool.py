@@ -32,6 +32,7 @@ BEHAVIOURS = {
     "answers": "",
     "crashes": "print('a last word', file=sys.stderr); os.abort()\n",
     "points": "print('at', __file__, file=sys.stderr)\n",
+    "keeps": "raise OSError(os.environ['VLLM_CACHE_ROOT'])\n",
     "exits": "os._exit(0)\n",  # says that all is well and leaves no answer
     "hangs": "time.sleep(600)\n",
     "spawns": "import subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
@@ -176,6 +177,18 @@ def test_a_cell_sees_nothing_of_another_one_or_of_the_callers_switches(cell, mon
     monkeypatch.setenv("VLLM_STRAY", "set")
     _, row = ask([cell("strays"), cell("tells")], workers=1, timeout_s=20)
     assert row["facts"]["platform"]["message"] == "['vllm', 'unset', 'unset']"
+
+
+def test_what_vllm_keeps_on_disk_is_kept_for_one_machine_and_not_shared_with_a_new_interpreter(cell):
+    one = cell("keeps")
+    asked = [replace(one, machine=with_switch(one.machine, position), explicit=choice)
+             for position in ("unset", "0") for choice in (None, EXPLICIT)]  # fmt: skip
+    asked += [replace(one, machine=replace(one.machine, arch="gfx1100"))]
+    pooled, cold = (
+        [row["facts"]["platform"]["message"] for row in ask(asked, timeout_s=20, cold=cold)] for cold in (False, True)
+    )
+    assert pooled[0] == pooled[1] and pooled[2] == pooled[3]
+    assert len({*pooled, *cold}) == 6
 
 
 # A tree whose engine options tell what the process that reads them has met before, and leave traces of their own.

@@ -37,6 +37,7 @@ def answer(request: dict) -> dict:
     """
     take_place(request)
     settle_aiter(request)
+    remember_apart(request, "cold")
     probe = make_probe(request)
     probe.begin(request["drive"])
     return finish(probe, request)
@@ -51,7 +52,7 @@ def take_place(request: dict) -> None:
     tree = request["tree"]
     for name, value in (machine.environment() | _VLLM_ENVIRONMENT | tree["environment"]).items():
         _set(name, value)
-    # vLLM inspects model classes in a process of its own and remembers the answer; both must happen on this tree.
+    # vLLM inspects model classes in a process of its own, which must be on this tree too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [tree["folder"], os.environ.get("PYTHONPATH")]))
     os.environ["VLLM_CACHE_ROOT"] = str(paths.cache_dir() / "vllm" / tree["fingerprint"][:16])
     sys.path.insert(0, tree["folder"])
@@ -74,6 +75,20 @@ def settle_aiter(request: dict) -> None:
         from aiterlab.machines import simulation
 
         simulation.install_aiter(machine.aiter)
+
+
+def remember_apart(request: dict, kind: str) -> None:
+    """Give vLLM a folder of this tree on this machine for what it keeps between processes.
+
+    It keeps what it saw when it looked at a model's class, and takes that for the truth on any machine. Where the class
+    cannot be imported, as without AITER or on a GPU that AITER does not know, that would depend on who asked before.
+
+    Args:
+        kind: apart from all others too: a new interpreter that is to confirm an answer must not have read it there.
+    """
+    machine = Machine(**request["machine"])
+    key = _digest([request["tree"]["fingerprint"], machine.to_json(), kind])
+    os.environ["VLLM_CACHE_ROOT"] = str(paths.cache_dir() / "vllm" / key)
 
 
 def set_switches(request: dict, moved: Iterable[str]) -> None:

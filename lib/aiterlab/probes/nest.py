@@ -86,6 +86,7 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
     request = group["request"]
     child.set_switches(request, unit["moved"])
     child.settle_aiter(request)
+    child.remember_apart(request, "pooled")
     if not reads.holds():
         report({"elsewhere": [cell["id"] for cell in group["cells"]]})
         return
