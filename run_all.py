@@ -22,6 +22,7 @@ ROWS = (
         profiles={
             "smoke": {
                 "profile": "smoke",
+                "trees": [*STANDARD_TREES[:3]],
                 "architectures": ["gfx942"],
             },
             "standard": {},
