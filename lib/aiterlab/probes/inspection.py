@@ -11,13 +11,15 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import functools
+import gc
 import json
 import os
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
-from aiterlab import importing, paths
+from aiterlab import importing
 
 REGISTRY = "vllm.model_executor.models.registry"
 
@@ -33,8 +35,9 @@ def _replace(registry: ModuleType) -> None:
 
     @functools.wraps(inspect)
     def one_at_a_time(model):
-        paths.cache_dir().mkdir(parents=True, exist_ok=True)
-        with (paths.cache_dir() / "inspection.lock").open("w") as lock:  # who waited finds the answer on disk
+        folder = Path(os.environ["VLLM_CACHE_ROOT"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "inspection.lock").open("w") as lock:  # who waited finds the answer on disk
             fcntl.flock(lock, fcntl.LOCK_EX)
             return inspect(model)
 
@@ -47,6 +50,7 @@ def _in_a_fork(kind: type, look: Callable[[], object]):
     if (pid := os.fork()) == 0:
         status = 1
         try:
+            gc.disable()  # it would copy the pages of a process that lives for a moment
             os.close(reading)
             with os.fdopen(writing, "w") as channel:
                 try:
