@@ -29,24 +29,23 @@ def install() -> None:
     Raises:
         RuntimeError: AITER is not installed; its Python is never simulated.
     """
-    if importlib.util.find_spec("aiter") is None:
+    if (spec := importlib.util.find_spec("aiter")) is None:
         raise RuntimeError("AITER is not installed: a machine with AITER needs its Python (pip install amd-aiter)")
     folder = paths.cache_dir() / "aiter-jit"  # stays empty: it keeps AITER from writing beside its own sources
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["AITER_JIT_DIR"] = os.environ["AITER_ROOT_DIR"] = str(folder)
-    _keep_tables_out_of_tmp()
+    _keep_tables_out_of_tmp(Path(spec.origin).parent)
     importing.serve(_is_jit_module, _fill_jit_module, "simulated JIT build")
     importing.after_import("csrc.cpp_itfs.utils", _replace_template_compiler)
     importing.after_import("aiter", _accept_later_keywords)
 
 
-def _keep_tables_out_of_tmp() -> None:
+def _keep_tables_out_of_tmp(package: Path) -> None:
     """Have AITER take three of its tuning tables as they are, which change no result here.
 
     Otherwise its import merges each into a file with a fixed name in /tmp: only the first user of a computer could
     write it, and two probes would write it at once.
     """
-    package = Path(importlib.util.find_spec("aiter").origin).parent
     for name in ("a8w8_blockscale", "a8w8_blockscale_bpreshuffle", "a8w8_bpreshuffle"):
         os.environ[f"AITER_CONFIG_GEMM_{name.upper()}"] = str(package / "configs" / f"{name}_tuned_gemm.csv")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import functools
-import gc
 import json
 import os
 import traceback
@@ -50,7 +49,6 @@ def _in_a_fork(kind: type, look: Callable[[], object]):
     if (pid := os.fork()) == 0:
         status = 1
         try:
-            gc.disable()  # it would copy the pages of a process that lives for a moment
             os.close(reading)
             with os.fdopen(writing, "w") as channel:
                 try:
