@@ -3,7 +3,8 @@
 
 It starts one so that looking does not initialise a GPU, and keeps the answer on disk. A new interpreter takes it 10 to
 30 s for every model of every new tree; a fork of a process that has imported vLLM takes about one. The code that looks
-is the tree's own.
+is the tree's own, and so is the code that keeps the answer. That runs in the fork too: it imports the tree's model
+loader, which would otherwise be there in the first process that asks and in none after it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,19 @@ def fork() -> None:
     importing.after_import(REGISTRY, _replace)
 
 
+class _Unseen(BaseException):
+    """Nobody has looked at this class: raised where vLLM would start a process, past its handlers of errors."""
+
+
 def _replace(registry: ModuleType) -> None:
-    registry._run_in_subprocess = functools.partial(_in_a_fork, registry._ModelInfo)
     inspect = registry._LazyRegisteredModel.inspect_model_cls
+
+    def not_here(look: Callable[[], object]):
+        raise _Unseen
+
+    def look_here(model):
+        registry._run_in_subprocess = lambda look: look()
+        return inspect(model)
 
     @functools.wraps(inspect)
     def one_at_a_time(model):
@@ -38,8 +49,12 @@ def _replace(registry: ModuleType) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "inspection.lock").open("w") as lock:  # who waited finds the answer on disk
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return inspect(model)
+            try:
+                return inspect(model)
+            except _Unseen:
+                return _in_a_fork(registry._ModelInfo, lambda: look_here(model))
 
+    registry._run_in_subprocess = not_here
     registry._LazyRegisteredModel.inspect_model_cls = one_at_a_time
 
 
