@@ -2,20 +2,27 @@
 """Work that each cell would do alike, done once before the first: faster answers, and none that differ.
 
 Most of a cell's time goes into importing AITER, which has to stay an event of the cell. What can go before it are a
-tenth of a second for tables that AITER never fills otherwise, and text that is read and thrown away.
+tenth of a second for tables that AITER never fills otherwise, text that is read and thrown away, and files whose code
+is executed in each cell and is the same in all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.util
 import inspect
+import pkgutil
 import sys
-from importlib.machinery import PathFinder
+from collections.abc import Iterable
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 _FOLDER = ("jit", "utils")  # of AITER, from where it imports `hipify` as a top-level package
+_HELD = "held"  # a name for modules that nobody imports
+_code: dict[str, CodeType] = {}  # file -> what it is compiled to
+_read_code = SourceFileLoader.get_code
 _TABLES, _LAST = "hipify", "hipify.hipify_python"  # PyTorch's translation of CUDA's names into HIP's; imports the rest
 
 
@@ -26,6 +33,28 @@ def prepare() -> None:
         library.get_source = _source
     if (aiter := importlib.util.find_spec("aiter")) and aiter.origin:
         _hold_tables(Path(aiter.origin).parent.joinpath(*_FOLDER))
+
+
+def hold_code(packages: Iterable[Path]) -> None:
+    """Read the compiled code of these packages' modules, of those that anybody has imported before.
+
+    Executing it stays with the processes that import them. In a process whose compiled files are apart from the
+    packages, and no others with them.
+    """
+    SourceFileLoader.get_code = _held_code
+    for package in packages:
+        folders = set()
+        for compiled in Path(sys.pycache_prefix, *package.parts[1:]).rglob(f"*.{sys.implementation.cache_tag}.pyc"):
+            file = importlib.util.source_from_cache(str(compiled))
+            with contextlib.suppress(OSError, SyntaxError):  # its module has gone from a checkout, or is being edited
+                _code[file] = _read_code(SourceFileLoader(_HELD, file), _HELD)
+                folders.add(str(Path(file).parent))
+        for folder in folders:
+            pkgutil.get_importer(folder).find_spec(_HELD)  # it lists the folder
+
+
+def _held_code(loader: SourceFileLoader, name: str) -> CodeType:
+    return _code.get(loader.path) or _read_code(loader, name)
 
 
 def _source(stacklevel: int) -> str:

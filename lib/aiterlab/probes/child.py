@@ -8,6 +8,7 @@ with nothing preloaded, which leaves its answer in FILE.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from aiterlab import paths, records
 from aiterlab.machines import Machine
 from aiterlab.machines.description import ENVIRONMENT_VARIABLE
-from aiterlab.probes import preload
+from aiterlab.probes import ahead, preload
 
 _VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -66,6 +67,16 @@ def take_place(request: dict) -> None:
         from aiterlab.machines import native
 
         native.watch_compilation()
+
+
+def hold_code(request: dict) -> None:
+    """Have the code at hand that processes forked from this one will execute: the probes', the tree's and AITER's."""
+    from aiterlab.probes import questions  # noqa: F401
+
+    aiter = importlib.util.find_spec("aiter")
+    ahead.hold_code(
+        [Path(request["tree"]["folder"]) / "vllm", *map(Path, aiter.submodule_search_locations if aiter else ())]
+    )
 
 
 def settle_aiter(request: dict) -> None:

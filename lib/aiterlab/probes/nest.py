@@ -59,6 +59,7 @@ def serve(unit: dict, report: Report) -> None:
 
 def _become_base(request: dict, preload: list[str], moved: list[str]) -> Reads:
     child.take_place(request | {"machine": request["machine"] | {"switches": {}}})
+    child.hold_code(request)
     reads = Reads(moved)
     if preload:
         child.set_switches(request, moved)
@@ -112,7 +113,6 @@ def _answer(probe, cell: dict, began_with: dict, loaded: list[str], completed: _
     report({"process": os.getpid()})
     last = next(reversed(sys.modules))
     began_with |= {"answered": child.answered()}
-    gc.enable()
     with completed:
         facts = child.finish(probe, cell["request"])
     if file := cell.get("imported"):
