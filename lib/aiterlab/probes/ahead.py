@@ -14,23 +14,28 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.machinery import PathFinder, SourceFileLoader
+from importlib.metadata import PackageNotFoundError, PathDistribution, entry_points, version
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FrameType, ModuleType
 
 _FOLDER = ("jit", "utils")  # of AITER, from where it imports `hipify` as a top-level package
 _HELD = "held"  # a name for modules that nobody imports
 _code: dict[str, CodeType] = {}  # file -> what it is compiled to
 _read_code = SourceFileLoader.get_code
+_find_module = inspect.getmodule
+_VERSIONS_ASKED = ("transformers",)
 _TABLES, _LAST = "hipify", "hipify.hipify_python"  # PyTorch's translation of CUDA's names into HIP's; imports the rest
 
 
 def prepare() -> None:
     """Do it all, in a process that has neither vLLM nor AITER."""
     inspect.getmodule(prepare.__code__)  # it looks through every module; what it learns here, children know already
+    inspect.getmodule = _module
     if library := sys.modules.get("torch._library.utils"):
         library.get_source = _source
+    _hold_metadata()
     if (aiter := importlib.util.find_spec("aiter")) and aiter.origin:
         _hold_tables(Path(aiter.origin).parent.joinpath(*_FOLDER))
 
@@ -59,8 +64,39 @@ def _held_code(loader: SourceFileLoader, name: str) -> CodeType:
 
 def _source(stacklevel: int) -> str:
     """The caller's file and line, as torch notes for each operator; its own function also reads the lines around it."""
-    frame = inspect.getframeinfo(sys._getframe(stacklevel), context=0)
-    return f"{frame.filename}:{frame.lineno}"
+    frame = sys._getframe(stacklevel)
+    return f"{inspect.getsourcefile(frame) or inspect.getfile(frame)}:{frame.f_lineno}"
+
+
+def _module(asked, _filename: str | None = None) -> ModuleType | None:
+    """The module of a frame, as torch asks for each operator; its own function looks for the file among all modules."""
+    if isinstance(asked, FrameType):
+        module = sys.modules.get(asked.f_globals.get("__name__"))
+        if getattr(module, "__file__", None) == asked.f_code.co_filename:
+            return module
+    return _find_module(asked, _filename)
+
+
+def _hold_metadata() -> None:
+    """Read once what installed packages say of themselves: vLLM asks for all entry points, and twice for a version."""
+    for name in ("entry_points", "metadata"):
+        setattr(PathDistribution, name, property(_remembering(getattr(PathDistribution, name).fget)))
+    entry_points()
+    for name in _VERSIONS_ASKED:
+        with contextlib.suppress(PackageNotFoundError):
+            version(name)
+
+
+def _remembering(read: Callable[[PathDistribution], object]) -> Callable[[PathDistribution], object]:
+    known: dict[str, object] = {}
+
+    def remembered(distribution: PathDistribution):
+        place = str(distribution._path)
+        if place not in known:
+            known[place] = read(distribution)
+        return known[place]
+
+    return remembered
 
 
 def _hold_tables(folder: Path) -> None:
