@@ -50,9 +50,12 @@ def serve(unit: dict, report: Report) -> None:
     reads = _become_base(unit["groups"][0]["request"], unit["preload"], unit["moved"])
     _settle()
     forks.begun()
+    watched = max(unit["groups"], key=lambda group: len(group["cells"]))
     for number, group in enumerate(unit["groups"]):
-        below = {"root": _digest(root), "base": _digest(_state())}
-        running = forks.fork(lambda g=group, b=below: _serve_group(unit, g, reads, last, b, report), group["log"])
+        below = {"root": _digest(root), "base": _digest(_state(globals_too=True))}
+        running = forks.fork(
+            lambda g=group, b=below: _serve_group(unit, g, reads, last, b, g is watched, report), group["log"]
+        )
         ending = running.wait(unit["limit_s"])
         report({"group": number, "begun": running.begun, **asdict(ending)})
 
@@ -82,7 +85,7 @@ def _settle() -> None:
     gc.freeze()  # not collected first: that costs more than the garbage of a process that lives for seconds
 
 
-def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, report: Report) -> None:
+def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, watched: bool, report: Report) -> None:
     report({"process": os.getpid()})
     request = group["request"]
     child.set_switches(request, unit["moved"])
@@ -102,7 +105,7 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
     _settle()
     forks.begun()
     for cell in group["cells"]:
-        began_with = below | _state()
+        began_with = below | _state(globals_too=watched)
         running = forks.fork(
             lambda c=cell, b=began_with: _answer(probe, c, b, loaded, completed, report), cell["log"], group["log"]
         )
@@ -130,8 +133,13 @@ def _after(last: str) -> list[str]:
     return names[::-1]
 
 
-def _state() -> dict:
-    return child.state() | {"globals": _globals()}
+def _state(*, globals_too: bool) -> dict:
+    """What a process that is forked now could notice of this one.
+
+    Reading what every name is bound to writes to the memory of every value, which a child then has to itself: it would
+    take a group half its time. What one group lets leak, all do; so the largest of each unit is watched that closely.
+    """
+    return child.state() | ({"globals": _globals()} if globals_too else {})
 
 
 _containers: dict[str, tuple[int, list]] = {}  # module -> its names' values in one number, and those that hold others
