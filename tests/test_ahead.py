@@ -2,7 +2,11 @@
 """What is done ahead of all cells is what each of them would have done."""
 
 import importlib
+import importlib.metadata
+import inspect
+import py_compile
 import sys
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,3 +79,79 @@ def test_an_operator_notes_the_same_place(level):
     lines = [int(place.rpartition(":")[2]) for place in places]
     assert {place.rpartition(":")[0] for place in places} == {__file__}
     assert lines[0] == lines[1] if level == 2 else lines[1] - lines[0] == 3
+
+
+def test_the_module_of_a_frame_is_found_without_a_search(monkeypatch):
+    monkeypatch.setattr(ahead, "_find_module", pytest.fail)
+    assert ahead._module(sys._getframe()) is sys.modules[__name__]
+
+
+@pytest.mark.parametrize("name", [__name__, "nowhere", None])
+def test_a_frame_that_is_not_of_the_module_it_names_is_searched_for(name):
+    scope = {"sys": sys, "__name__": name}
+    exec(compile("frame = sys._getframe()", "<made up>", "exec"), scope)
+    assert ahead._module(scope["frame"]) is inspect.getmodule(scope["frame"])
+    assert ahead._module(ahead.prepare) is ahead
+
+
+def test_what_a_package_says_of_itself_is_read_once(monkeypatch):
+    read = importlib.metadata.PathDistribution.read_text
+    files = []
+    monkeypatch.setattr(
+        importlib.metadata.PathDistribution, "read_text", lambda self, name: files.append(name) or read(self, name)
+    )
+    for name in ("entry_points", "metadata"):
+        plain = getattr(importlib.metadata.PathDistribution, name)
+        monkeypatch.setattr(importlib.metadata.PathDistribution, name, plain)  # put back afterwards
+    expected = set(importlib.metadata.entry_points(group="vllm.platform_plugins"))
+    ahead._hold_metadata()
+    files.clear()
+    assert set(importlib.metadata.entry_points(group="vllm.platform_plugins")) == expected != set()
+    assert importlib.metadata.version("torch") == torch.__version__
+    assert importlib.metadata.version("torch") == torch.__version__
+    assert files == ["METADATA"]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """A package of two modules; one has been imported before."""
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "compiled"))
+    monkeypatch.setattr(SourceFileLoader, "get_code", SourceFileLoader.get_code)
+    monkeypatch.setattr(ahead, "_code", {})
+    folder = tmp_path / "package"
+    folder.mkdir()
+    for name in ("imported", "other"):
+        (folder / f"{name}.py").write_text(f"NAME = {name!r}\n")
+    py_compile.compile(folder / "imported.py")
+    return folder
+
+
+def code(file: Path):
+    return SourceFileLoader(file.stem, str(file)).get_code(file.stem)
+
+
+def test_the_code_of_what_was_imported_before_is_held(package):
+    ahead.hold_code([package])
+    assert set(ahead._code) == {str(package / "imported.py")}
+    assert code(package / "imported.py") is code(package / "imported.py")
+    for name in ("imported", "other"):
+        scope: dict = {}
+        exec(code(package / f"{name}.py"), scope)
+        assert scope["NAME"] == name
+
+
+@pytest.mark.parametrize("text", [None, "this is no Python", "NAME = 'edited'"])
+def test_a_file_that_changed_since_is_read_as_it_is(package, text):
+    file = package / "imported.py"
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    ahead.hold_code([package])
+    if text is None or "no" in text:
+        assert ahead._code == {}
+        with pytest.raises(OSError if text is None else SyntaxError):
+            code(file)
+    else:
+        scope: dict = {}
+        exec(code(file), scope)
+        assert scope["NAME"] == "edited"

@@ -5,7 +5,9 @@ The cells are asked through the pool; answers that depend on one another are ask
 """
 
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,6 +125,27 @@ def test_an_inspection_in_a_fork_brings_back_the_answer_and_leaves_nothing_behin
     state = []
     assert inspection._in_a_fork(Seen, lambda: Seen([state.append(1)], len(state))) == Seen([None], 1)
     assert state == []
+
+
+def test_looking_and_keeping_what_was_seen_happen_in_one_fork(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    kept = tmp_path / "seen.json"
+    here = []
+
+    class Model:
+        def inspect_model_cls(self):  # as vLLM's: from the disk, or from another process and then to the disk
+            if kept.exists():
+                return Seen(**json.loads(kept.read_text()))
+            seen = registry._run_in_subprocess(lambda: Seen([os.getpid()], 1))
+            here.append("kept")
+            kept.write_text(json.dumps(asdict(seen)))
+            return seen
+
+    registry = SimpleNamespace(_ModelInfo=Seen, _LazyRegisteredModel=Model)
+    inspection._replace(registry)
+    first, second = Model().inspect_model_cls(), Model().inspect_model_cls()
+    assert first == second != Seen([os.getpid()], 1)
+    assert kept.exists() and not here, "nothing of it ran in this process"
 
 
 def test_an_inspection_that_fails_says_why():

@@ -137,10 +137,14 @@ def finish(probe, request: dict) -> dict:
     return probe.finish(request["explicit"], request["draft_tokens"], Layer(**request["layer"]), request["drive"])
 
 
-def state() -> dict:
-    """What of this process a cell that begins in it could notice."""
+def state(since: str | None = None) -> dict:
+    """What of this process a cell that begins in it could notice.
+
+    Args:
+        since: a module; what was imported up to it is counted and not read, so that it stays shared memory.
+    """
     return {
-        "modules": _digest(sorted(sys.modules)),
+        "modules": _digest([str(len(sys.modules)), *sorted(preload.imported_after(since))]),
         "environment": _digest(sorted(f"{name}={value}" for name, value in os.environ.items())),
     }
 

@@ -31,7 +31,7 @@ def describe(error: BaseException, package: Path) -> dict:
 
 
 # These only pass an import on, or guard one; they raise nothing of their own.
-_IN_BETWEEN = ("importlib", "aiterlab.probes.imports", "aiterlab.probes.nest", "aiterlab.importing")
+_IN_BETWEEN = ("importlib", "aiterlab.importing", *(f"aiterlab.probes.{name}" for name in ("ahead", "imports", "nest")))
 
 
 def _owner(error: BaseException, package: Path) -> str:

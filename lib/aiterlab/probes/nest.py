@@ -52,7 +52,7 @@ def serve(unit: dict, report: Report) -> None:
     forks.begun()
     watched = max(unit["groups"], key=lambda group: len(group["cells"]))
     for number, group in enumerate(unit["groups"]):
-        below = {"root": _digest(root), "base": _digest(_state(globals_too=True))}
+        below = {"root": _digest(root), "base": _digest(_state(last, globals_too=True))}
         running = forks.fork(
             lambda g=group, b=below: _serve_group(unit, g, reads, last, b, g is watched, report), group["log"]
         )
@@ -101,11 +101,11 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
     if (count := threading.active_count()) > 1:
         report({"threads": count, "ids": [cell["id"] for cell in group["cells"]]})
         return
-    loaded = preload.loadable(_after(last))
+    loaded = preload.loadable(preload.imported_after(last))
     _settle()
     forks.begun()
     for cell in group["cells"]:
-        began_with = below | _state(globals_too=watched)
+        began_with = below | _state(last, globals_too=watched)
         running = forks.fork(
             lambda c=cell, b=began_with: _answer(probe, c, b, loaded, completed, report), cell["log"], group["log"]
         )
@@ -120,26 +120,16 @@ def _answer(probe, cell: dict, began_with: dict, loaded: list[str], completed: _
         facts = child.finish(probe, cell["request"])
     if file := cell.get("imported"):
         records.atomic_write_text(Path(file), json.dumps(completed.names))
-    child.keep(facts, began_with, loaded + preload.loadable(_after(last)), cell["answer"])
+    child.keep(facts, began_with, loaded + preload.loadable(preload.imported_after(last)), cell["answer"])
 
 
-def _after(last: str) -> list[str]:
-    """Names of the modules imported after the module `last`; the others are not touched, so they stay shared."""
-    names = []
-    for name in reversed(sys.modules):
-        if name == last:
-            break
-        names.append(name)
-    return names[::-1]
-
-
-def _state(*, globals_too: bool) -> dict:
+def _state(last: str, *, globals_too: bool) -> dict:
     """What a process that is forked now could notice of this one.
 
     Reading what every name is bound to writes to the memory of every value, which a child then has to itself: it would
     take a group half its time. What one group lets leak, all do; so the largest of each unit is watched that closely.
     """
-    return child.state() | ({"globals": _globals()} if globals_too else {})
+    return child.state(last) | ({"globals": _globals()} if globals_too else {})
 
 
 _containers: dict[str, tuple[int, list]] = {}  # module -> its names' values in one number, and those that hold others

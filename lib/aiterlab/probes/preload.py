@@ -97,6 +97,16 @@ def import_all(names: Iterable[str]) -> str | None:
     return None
 
 
+def imported_after(last: str | None) -> list[str]:
+    """Names of the modules imported after the module `last`, or of all; the others are not touched."""
+    names = []
+    for name in reversed(sys.modules):
+        if name == last:
+            break
+        names.append(name)
+    return names[::-1]
+
+
 def loadable(names: Iterable[str]) -> list[str]:
     """Of some imported modules, the third-party and standard ones that another process can import by name.
 
