@@ -6,6 +6,7 @@ hour that the first ones take.
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -212,10 +213,16 @@ def run_plans(
         nodes = [replace(_node(plan, run, code, say), memory_bytes=0, alone=False) for plan in plans]
         limit = at_once or len(nodes)
     else:
-        start = worker.fork if warm.preload(shared=len(plans) > 1) else worker.spawn
+        start = _start_here(shared=len(plans) > 1)
         nodes = [_node(plan, run, facts, say) for plan in plans]
     graph = schedule.Graph(nodes, start, limit, say, _account, fail_fast)
     yield from graph.run()
+
+
+def _start_here(*, shared: bool) -> Callable[[Job], schedule.Running]:
+    """Return what starts a notebook on this machine; the imports that warm kernels share come before the first."""
+    kind = functools.cache(lambda: worker.fork if warm.preload(shared=shared) else worker.spawn)
+    return lambda job: kind()(job)
 
 
 def _node(plan: Plan, run: Run, facts: Mapping[str, Any], say: Callable[[str], None]) -> schedule.Node:
