@@ -72,6 +72,13 @@ def test_every_declared_metric_finds_its_rows_in_the_reference(path):
         assert metric.limit is None or any(one.limit is not None for one in seen), metric.name
 
 
+def test_the_interval_of_a_share_stays_within_it():
+    (score,) = (metric for metric in metrics.metrics_of(SPEC) if metric.name == "score")
+    rows = [{"engine": "vanilla", "value": value, "stderr": 0.1} for value in (0.05, 0.5, 0.95)]
+    seen = [(one.low, one.high) for one in observe(score, {"scores": rows})]
+    assert seen == [(0, pytest.approx(0.25)), (pytest.approx(0.3), pytest.approx(0.7)), (pytest.approx(0.75), 1)]
+
+
 VALIDATOR = jsonschema.Draft202012Validator(schema.record_schema(), format_checker=jsonschema.FormatChecker())
 
 

@@ -99,6 +99,8 @@ def observe(metric: Metric, record: Mapping[str, Any]) -> Iterator[Observation]:
             low, high = quantile(known, 0.2), quantile(known, 0.8)
         if metric.stderr and value is not None and (error := number(row.get(metric.stderr))) is not None:
             low, high = value - 2 * error, value + 2 * error
+            if metric.unit == "share":
+                low, high = max(low, 0.0), min(high, 1.0)
         if low == high:  # one sample, or one value each time: nothing is known of the spread
             low = high = None
         limit = number(row.get(metric.limit)) if isinstance(metric.limit, str) else metric.limit
