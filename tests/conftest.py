@@ -6,11 +6,34 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from aiterlab import paths
+
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help="begin no test later than this; the slow ones come last, and what was left out is told",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--seconds") is not None:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_runtest_setup(item):
+    limit_s = item.config.getoption("--seconds")
+    if limit_s is not None and time.monotonic() - STARTED > limit_s:
+        pytest.skip(f"not begun: {limit_s:g} s are over")
 
 
 @pytest.fixture(autouse=True)
