@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -48,8 +49,11 @@ def free_ports(count):
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
     """Start a head without cores and two nodes, of which one declares `rocm`."""
+    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
+    # Ray notes the head's address here without waiting for the process that makes the folder.
+    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     before = set(psutil.Process().children(recursive=True))
     (client,) = free_ports(1)
     # The nodes have no checkout: what they run is what travelled.
