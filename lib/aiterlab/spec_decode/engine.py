@@ -51,7 +51,7 @@ class EngineSpec:
     draft: str | None = None
     draft_tokens: int = 0  # K
     backend: str | None = None  # vLLM's name of an attention backend, SUITE_PAGED for ours, None: vLLM's choice
-    dtype: str = "auto"
+    dtype: str = "auto"  # the model's own on a GPU; float32 on a CPU (see `_dtype`)
     max_model_len: int = 1024
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 2048
@@ -97,6 +97,7 @@ class Facts:
 
     vllm_version: str
     device: str
+    dtype: str  # of the target: bfloat16, float16 or float32
     preloaded: bool  # forked from a process that had imported vLLM: its import_s is not part of start_s
     import_s: float
     load_s: float  # construction of vllm.LLM: weights, KV cache, graphs
@@ -192,7 +193,7 @@ def llm_arguments(spec: EngineSpec) -> dict[str, Any]:
         compilation["cudagraph_capture_sizes"] = sorted(tokens)
     arguments = {
         "model": spec.target,
-        "dtype": spec.dtype,
+        "dtype": _dtype(spec),
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens,
@@ -214,6 +215,15 @@ def llm_arguments(spec: EngineSpec) -> dict[str, Any]:
     if speculative := _speculative_config(spec):
         arguments["speculative_config"] = speculative
     return arguments
+
+
+def _dtype(spec: EngineSpec) -> str:
+    """What vLLM is to compute in.
+
+    Few CPUs multiply 16-bit numbers well: without AVX-512 PyTorch takes 10 to 40 times as long for a product of
+    bfloat16 as for one of float32, and answers that depend on the CPU would be no use to anybody.
+    """
+    return "float32" if spec.dtype == "auto" and not processes.has_gpu() else spec.dtype
 
 
 def _speculative_config(spec: EngineSpec) -> dict[str, Any]:

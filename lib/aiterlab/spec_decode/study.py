@@ -279,12 +279,19 @@ class Study:
         for (key, task), made in list(self.answers.items()):  # other backends may be answering meanwhile
             if key != base and (only is None or key in only):
                 shift = lossless.largest_shift(self.answers[base, task], self.answers[alone, task]) if alone else 0.0
-                found.append(lossless.compare_greedy(_part(self.answers[base, task], made), made, shift=shift))
+                found.append(self._greedy(_part(self.answers[base, task], made), made, shift=shift))
                 about = {"task": task, "base": base}
                 self._note(self.greedy, "greedy", about | found[-1].row())
                 for one in found[-1].differences:
                     self._note(self.differences, "difference", about | {"engine": key} | dataclasses.asdict(one))
         return found
+
+    def _greedy(self, vanilla: Generation, other, **how) -> lossless.GreedyComparison:
+        return lossless.compare_greedy(vanilla, other, dtype=self._dtype, **how)
+
+    @property
+    def _dtype(self) -> str:
+        return self.engines[VANILLA].wait_ready().dtype
 
     def sample(self, prompts: Sequence[Request], samples: int, tokens: int, only: Iterable[str]) -> None:
         """Test at temperature 1 whether engines draw short continuations from vanilla's distribution."""
@@ -413,7 +420,7 @@ class Study:
                     continue
                 for task, requests in asked.items():
                     made = one.generate(requests, max_tokens=max_tokens)
-                    found = lossless.compare_greedy(_part(self.answers[VANILLA, task], made), made)
+                    found = self._greedy(_part(self.answers[VANILLA, task], made), made)
                     self._broke(task, made, found, right=key == "corrupted draft")
 
     def _broke(self, task: str, made: Generation, found, *, right: bool | None) -> None:
@@ -456,7 +463,7 @@ class Study:
             ready_s = server.wait_ready()
             for task, requests in asked.items():
                 made = server.generate(requests, max_tokens=max_tokens, concurrency=CLIENTS)
-                found = lossless.compare_greedy(_part(self.answers[VANILLA, task], made), made)
+                found = self._greedy(_part(self.answers[VANILLA, task], made), made)
                 row = {"engine": wanted.name, "task": task, "ready_s": ready_s} | _served(made)
                 self._note(self.served, "served", row | {"ok": found.ok, "verdict": found.verdict})
 
@@ -471,7 +478,8 @@ class Study:
             except EngineError as error:  # such as fewer GPUs than ranks: a row that says so
                 self._note(self.ranks, "ranks", {"engine": one.name, "task": task, "ok": None, "verdict": str(error)})
                 continue
-            for row in parallel.compare(_part(self.answers[VANILLA, task], made[0]), made).to_dict("records"):
+            held = parallel.compare(_part(self.answers[VANILLA, task], made[0]), made, dtype=self._dtype)
+            for row in held.to_dict("records"):
                 self._note(self.ranks, "ranks", {"task": task} | row)
 
     def _scratch(self) -> Path:

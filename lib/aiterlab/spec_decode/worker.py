@@ -131,6 +131,7 @@ class _Worker:
         return {
             "vllm_version": vllm.__version__,
             "device": _device(),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "preloaded": self.preloaded,
             "import_s": self.import_s,
             "load_s": self.load_s,
