@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 
 from aiterlab import importing
-from aiterlab.machines import aiter_jit, driver, extensions
+from aiterlab.machines import aiter_jit, driver, extensions, interpreter
 from aiterlab.machines.description import ARCHITECTURES, ENVIRONMENT_VARIABLE, Machine
 
 _installed: Machine | None = None  # but for the switches, which may change, and AITER
@@ -38,7 +38,7 @@ def install_gpu(machine: Machine, interpret: bool = True) -> None:
         return
     _installed = machine
     if interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # there is no GPU that could run a compiled kernel
+        interpreter.choose()  # there is no GPU that could run a compiled kernel
     driver.install(ARCHITECTURES[machine.arch])
     extensions.install(flash_attn=machine.flash_attn)
     if not machine.flash_attn:

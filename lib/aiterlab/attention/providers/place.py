@@ -13,7 +13,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Literal
 
-from aiterlab.machines import ARCHITECTURES, Machine, aiter_on_cuda, ledger
+from aiterlab.machines import ARCHITECTURES, Machine, aiter_on_cuda, interpreter, ledger
 from aiterlab.machines import native as rocm
 from aiterlab.policy import Answer
 
@@ -149,7 +149,7 @@ def _simulate(machine: Machine) -> None:
 
 
 def _interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.choose()
     if not (answer := triton_runs()):
         raise RuntimeError(f"{answer.reason}; start a new process")
 
