@@ -59,6 +59,7 @@ def test_an_engine_says_what_it_is(fleet):
     assert facts.kv_cache_tokens >= SMALL["max_model_len"]
     assert facts.start_s >= facts.load_s + facts.warm_up_s > 0
     assert facts.vllm_version
+    assert facts.dtype == ("bfloat16" if processes.has_gpu() else "float32")
 
 
 @pytest.mark.slow
@@ -369,8 +370,11 @@ def test_a_specification_becomes_vllm_s_arguments(monkeypatch):
         "rejection_sample_method": "synthetic",
         "synthetic_acceptance_rates": [0.7, 0.5, 0.25],
     }
+    assert arguments["dtype"] == "auto"
     monkeypatch.setattr(processes, "has_gpu", lambda: False)
     assert engine.llm_arguments(spec())["enforce_eager"] is True
+    assert engine.llm_arguments(spec())["dtype"] == "float32"
+    assert engine.llm_arguments(spec(dtype="bfloat16"))["dtype"] == "bfloat16"
     ngram = engine.llm_arguments(spec(method="ngram", draft_tokens=2))["speculative_config"]
     assert ngram == {"method": "ngram", "num_speculative_tokens": 2, **engine.PROMPT_LOOKUP}
     assert "speculative_config" not in engine.llm_arguments(spec())

@@ -330,8 +330,12 @@ def runs(tmp_path_factory):
             )
             for index, (name, one) in enumerate(engines.items())
         }
-        mended = engines["eagle3"].facts.repairs
-    return SimpleNamespace(greedy=greedy, sampled=sampled, mended=mended)
+        facts = engines["eagle3"].facts
+    return SimpleNamespace(greedy=greedy, sampled=sampled, mended=facts.repairs, dtype=facts.dtype)
+
+
+def beside_vanilla(runs, name):
+    return lossless.compare_greedy(runs.greedy["vanilla"], runs.greedy[name], dtype=runs.dtype)
 
 
 def acceptance_length(run):
@@ -343,7 +347,7 @@ def acceptance_length(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["eagle3", "corrupted"])
 def test_speculation_is_lossless_whatever_the_draft_is_worth(runs, name):
-    greedy = lossless.compare_greedy(runs.greedy["vanilla"], runs.greedy[name])
+    greedy = beside_vanilla(runs, name)
     assert greedy.ok, f"{greedy.verdict}\n{greedy.table()}"
     sampled = lossless.compare_sampled(runs.sampled["vanilla"], runs.sampled[name])
     assert sampled.ok, f"{sampled.verdict}\n{sampled.table()}"
@@ -354,7 +358,7 @@ def test_speculation_is_lossless_whatever_the_draft_is_worth(runs, name):
 @pytest.mark.slow
 def test_a_verifier_that_accepts_everything_fails_both_checks(runs):
     assert acceptance_length(runs.greedy["broken"]) == 4
-    greedy = lossless.compare_greedy(runs.greedy["vanilla"], runs.greedy["broken"])
+    greedy = beside_vanilla(runs, "broken")
     assert not greedy.ok and greedy.faults
     sampled = lossless.compare_sampled(runs.sampled["vanilla"], runs.sampled["broken"])
     assert not sampled.ok and sampled.verified
@@ -365,6 +369,6 @@ def test_this_vllm_as_released_samples_another_distribution(runs):
     """The repaired engine passes with the same samples (above)."""
     if not runs.mended:
         pytest.skip("this vLLM needs no repair")
-    assert lossless.compare_greedy(runs.greedy["vanilla"], runs.greedy["as released"]).ok
+    assert beside_vanilla(runs, "as released").ok
     sampled = lossless.compare_sampled(runs.sampled["vanilla"], runs.sampled["as released"])
     assert not sampled.ok and sampled.verified, sampled.verdict

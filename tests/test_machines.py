@@ -15,6 +15,34 @@ from aiterlab.policy import MAIN_SWITCH
 HEADS, KV_HEADS, HEAD_SIZE, PAGE, BLOCKS = 4, 2, 64, 16, 8
 SCALE = HEAD_SIZE**-0.5
 
+# Sums and products around the ends of int32, on the device of a kernel that is interpreted.
+WRAPPED = """
+import json, sys
+from pathlib import Path
+if sys.argv[1] == "ours":
+    from aiterlab.machines import interpreter
+    interpreter.choose()
+import torch, triton
+from triton import language as tl
+Path("kernel.py").write_text('''
+import triton
+from triton import language as tl
+
+@triton.jit
+def kernel(X, OUT, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(X + at)
+    tl.store(OUT + at, x * x + 7 - x)
+''')
+sys.path.insert(0, "")
+from kernel import kernel
+from triton.runtime.interpreter import interpreter_builder
+x = torch.tensor([0, 3, -5, 2**31 - 1, -2**31, 46341, 65536, -46341], dtype=torch.int32)
+out = torch.empty_like(x)
+kernel[(1,)](x, out, 8)
+print(json.dumps([interpreter_builder.options.sanitize_overflow, out.tolist()]))
+"""
+
 # One process per machine, forked from one that holds torch.
 DRIVERS = """
 import json, multiprocessing, subprocess, sys, torch
@@ -253,3 +281,10 @@ def test_a_machine_crosses_a_process_boundary_and_leaves_nothing_of_ours_set(mon
     assert "AITERLAB_MACHINE" not in Machine("native").environment()
     with pytest.raises(ValueError, match="unknown architecture 'gfx000'; known: gfx90a, gfx942"):
         Machine(arch="gfx000")
+
+
+def test_the_interpreter_computes_the_same_without_its_overflow_checks(run_python):
+    ours, theirs = (json.loads(run_python(WRAPPED, whose, TRITON_INTERPRET="1")) for whose in ("ours", "theirs"))
+    assert (ours[0], theirs[0]) == (False, True)
+    assert ours[1] == theirs[1]
+    assert ours[1][:3] == [7, 13, 37]

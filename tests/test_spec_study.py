@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from aiterlab import paths
-from aiterlab.spec_decode import latency, models, processes, prompts, study
+from aiterlab.spec_decode import latency, lossless, models, processes, prompts, study
 from aiterlab.spec_decode.engine import EngineError, Request
 
 STEM = "05_x"
@@ -186,6 +186,7 @@ def test_an_engine_that_dies_takes_nothing_with_it(results):
         assert [row["engine"] for row in lab.accepted] == ["eagle3 K=2", f"eagle3 K=2 {compared['requested'][0]}"]
         assert [row["group"] for row in lab.accepted] == [study.MODELS, study.BACKENDS]
         assert all(row["ok"] for row in lab.greedy) and len(lab.greedy) == 3, lab.greedy
+        assert lab.greedy[0]["tolerance"] == lossless.near_tie_tolerance(lab.facts[0]["dtype"])
         assert compared["outputs_agree"].tolist() == compared["as_requested"].tolist() == [True]
         broken = {row["engine"]: row["as_it_should"] for row in lab.broken}
         broken.pop(study.AS_RELEASED, None)  # so few samples may be right by chance: test_lossless.py takes more
