@@ -15,7 +15,7 @@ STEP = {"draft_ms": 0.9, "verify_ms": 1.8, "sample_ms": 0.2, "host_ms": 0.7}
 
 def fact(name="eagle3 K=4", **changes):
     row = {"group": "models", "name": name, "import_s": 10.7, "load_s": 2.4, "compile_s": None, "warm_up_s": 0.1}
-    row |= {"target_backends": ["CPUAttentionBackend"], "draft_backends": ["CPUAttentionBackend"]}
+    row |= {"dtype": "float32", "target_backends": ["CPUAttentionBackend"], "draft_backends": ["CPUAttentionBackend"]}
     row |= {"cuda_graph_mode": "NONE", "repairs": ["expand: temperatures of draft positions were memory"]}
     return row | changes
 
@@ -79,6 +79,7 @@ def test_facts_name_what_attends_and_what_was_mended():
     )
     assert list(table.index) == ["vanilla", "eagle3 K=4"]
     assert list(table["attends with"]) == ["CPUAttentionBackend", "CPUAttentionBackend, Other"]
+    assert list(table["computes in"]) == ["float32", "float32"]
     assert list(table["mended"]) == ["–", "expand"]
     assert list(table["of it compiling, s"]) == ["–", 4.0]
 

@@ -71,6 +71,7 @@ def facts(rows: Sequence[dict]) -> pd.DataFrame:
     used = zip(table["target_backends"], table["draft_backends"], strict=True)
     shown = {
         "attends with": [", ".join(dict.fromkeys((*target, *draft))) for target, draft in used],
+        "computes in": table["dtype"],
         "import, s": table["import_s"],
         "load, s": table["load_s"],
         "of it compiling, s": table["compile_s"],
