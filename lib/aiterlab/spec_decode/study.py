@@ -53,6 +53,7 @@ BESIDE_TOKENS = 64  # after a near-tie nothing can be compared, so longer answer
 CLIENTS = 4  # of the server, at a time
 LOGPROBS = 10  # of vanilla: from these the gap of a near-tie is read
 LOGPROBS_SAMPLED = 20
+SAMPLED_CONTEXT = 64  # tokens of a prompt that samples continue: each computes it anew, and a verifier sees none of it
 MAX_PROMPT_TOKENS = 512
 OTHER_SEED = 1_000_003  # two samples with the same noise would agree by construction
 Asked = Mapping[str, Sequence[Request]]  # by task
@@ -293,9 +294,18 @@ class Study:
     def _dtype(self) -> str:
         return self.engines[VANILLA].wait_ready().dtype
 
-    def sample(self, prompts: Sequence[Request], samples: int, tokens: int, only: Iterable[str]) -> None:
-        """Test at temperature 1 whether engines draw short continuations from vanilla's distribution."""
-        self._sampling = {"requests": prompts, "max_tokens": tokens, "samples": samples, "ignore_eos": True}
+    def sample(self, requests: Sequence[Request], samples: int, tokens: int, only: Iterable[str]) -> None:
+        """Test at temperature 1 whether engines draw short continuations from vanilla's distribution.
+
+        Args:
+            requests: of each its first tokens, `SAMPLED_CONTEXT` at most, are continued.
+            tokens: of a continuation.
+            only: names of the engines that are held against vanilla's.
+        """
+        encode = prompts.tokenizer_of(self.engines[VANILLA].spec.target)
+        begun = [(one, tuple(one.token_ids or encode(one.text))) for one in requests]
+        short = [dataclasses.replace(one, text=None, token_ids=ids[:SAMPLED_CONTEXT]) for one, ids in begun]
+        self._sampling = {"requests": short, "max_tokens": tokens, "samples": samples, "ignore_eos": True}
         self._drawn, *others = _told(self._draw, [self.engines[key] for key in (VANILLA, *only)], "samples drawn")
         for other in others:
             self._note(self.sampled, "sampled", lossless.compare_sampled(self._drawn, other).row())
