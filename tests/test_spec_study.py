@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -156,6 +157,35 @@ def test_answers_come_in_order_and_as_soon_as_they_are_there():
         for answer in study._told(lambda number: 6 / number, [3, 2, 0], "divisions"):
             seen.append(answer)
     assert seen == [2, 3]
+
+
+class Answering:
+    """Stands for a living engine: keeps what it is asked."""
+
+    def __init__(self, name, draft_tokens, target):
+        self.spec = SimpleNamespace(name=name, draft_tokens=draft_tokens, target=str(target))
+
+    def generate(self, requests, **how):
+        self.requests, self.how = requests, how
+        return self.spec.name
+
+
+def test_samples_continue_the_first_tokens_of_each_prompt(results, monkeypatch):
+    monkeypatch.setattr(
+        lossless, "compare_sampled", lambda one, other: SimpleNamespace(row=lambda: {"held": [one, other]})
+    )
+    pair, text = models.bundled()["eagle3"], "import this\n" * 100
+    whole = prompts.tokenizer_of(pair.target)(text)
+    lab = study.Study(STEM, seed=3)
+    lab.engines = {name: Answering(name, k, pair.target) for name, k in ((study.VANILLA, 0), ("eagle3 K=2", 2))}
+    lab.sample([Request("a", "code", text=text), Request("b", "code", token_ids=(5, 6, 7))], 10, 4, ["eagle3 K=2"])
+    vanilla, drafted = lab.engines.values()
+    for one in (vanilla, drafted):
+        assert [request.token_ids for request in one.requests] == [whole[: study.SAMPLED_CONTEXT], (5, 6, 7)]
+        assert (one.how["samples"], one.how["max_tokens"], one.how["temperature"]) == (10, 4, 1.0)
+    assert vanilla.how["seed"] != drafted.how["seed"]
+    assert lab.sampled == [{"held": [study.VANILLA, "eagle3 K=2"]}]
+    assert len(whole) > study.SAMPLED_CONTEXT
 
 
 # real engines
