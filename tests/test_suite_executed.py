@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from aiterlab.suite.executed import LIMIT_BYTES, MOST_OUTPUTS, publishable, write_executed
+from aiterlab.suite.executed import LIMIT_BYTES, MOST_OUTPUTS, SHOWN_BYTES, is_whole, publishable, write_executed
 
 
 def notebook_of(*outputs, source="1", **metadata):
@@ -109,6 +109,17 @@ def test_many_figures_lose_as_many_as_must_go(tmp_path):
     figures = [shown(**{"image/png": "A" * size}) for size in (400_000, 300_000, 350_000, 100_000)]
     (cell,) = written(notebook_of(*figures), tmp_path).cells
     assert [output.output_type for output in cell.outputs] == ["stream", *["display_data"] * 3]
+
+
+def test_a_flood_of_figures_makes_no_report_that_nobody_can_open(tmp_path):
+    figures = [shown(**{"image/png": "A" * 300_000}) for _ in range(MOST_OUTPUTS)]
+    (cell,) = publishable(notebook_of(*figures)).cells
+    sizes = [len(output.get("data", {}).get("image/png", "")) for output in cell.outputs]
+    assert SHOWN_BYTES - 300_000 < sum(sizes) < SHOWN_BYTES
+    assert "the report would be too large" in cell.outputs[sizes.index(0)].text
+    # In the executed copy stands whether its report shows more.
+    assert written(notebook_of(*figures[:10]), tmp_path) and not is_whole(tmp_path / "executed.ipynb")
+    assert written(notebook_of(*figures[:2]), tmp_path) and is_whole(tmp_path / "executed.ipynb")
 
 
 def test_a_copy_that_is_small_enough_is_left_alone():

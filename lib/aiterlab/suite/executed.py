@@ -3,7 +3,7 @@
 
 It is written while the notebook runs and at its end: without home directories and secrets, without widget state (code
 hosts refuse to show a notebook that has it), valid whatever the cells sent, and under one megabyte, above which they
-show nothing either.
+show nothing either. Its report shows more, up to what a browser opens at once.
 """
 
 import json
@@ -21,8 +21,10 @@ from aiterlab.suite.streams import LONGEST_CHARACTERS, shorten
 
 EXECUTED_NAME = "executed.ipynb"
 LIMIT_BYTES = 1_000_000
+SHOWN_BYTES = 16_000_000  # in a report
 MOST_OUTPUTS = 200  # of one cell
 _LEFT_OUT = "is left out of this copy; report.html shows it"
+_TOO_LARGE = "is left out, the report would be too large; write what is large to a file of its own"
 _SHORT_BYTES = 200  # about what a note takes that stands for an output
 # What is shown somewhere. Scripts, widgets and what nobody knows stay out.
 _PIXELS = ("image/png", "image/jpeg", "image/gif", "image/webp")
@@ -38,16 +40,13 @@ def publishable(notebook: NotebookNode) -> NotebookNode:
     for cell, original in zip(copy.cells, notebook.cells, strict=True):
         if "outputs" in cell:
             cell.outputs = _fit_outputs(original.get("outputs") or [])
+    _fit_notebook(copy, SHOWN_BYTES, _TOO_LARGE)
     return copy
 
 
 def write_executed(notebook: NotebookNode, path: Path) -> None:
     """Write the executed copy atomically, leaving out the largest outputs if it would be too large otherwise."""
-    copy = publishable(notebook)
-    text = nbformat.writes(copy)
-    while (excess := len(text.encode()) - LIMIT_BYTES + 1) > 0 and _leave_out_largest(copy, excess):
-        text = nbformat.writes(copy)
-    atomic_write_text(path, text + "\n")
+    atomic_write_text(path, _fit_notebook(publishable(notebook), LIMIT_BYTES, _LEFT_OUT) + "\n")
 
 
 def is_whole(path: Path) -> bool:
@@ -127,7 +126,15 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _leave_out_largest(notebook: NotebookNode, excess: int) -> bool:
+def _fit_notebook(notebook: NotebookNode, limit: int, why: str) -> str:
+    """Replace the largest outputs by notes until the notebook takes less than `limit` bytes; returns it as text."""
+    text = nbformat.writes(notebook)
+    while (excess := len(text.encode()) - limit + 1) > 0 and _leave_out_largest(notebook, excess, why):
+        text = nbformat.writes(notebook)
+    return text
+
+
+def _leave_out_largest(notebook: NotebookNode, excess: int, why: str) -> bool:
     """Replace outputs by notes, the largest first, until about `excess` bytes are saved; False if none is left."""
     sizes = [
         (len(json.dumps(output, ensure_ascii=False).encode()), cell, place)
@@ -138,7 +145,7 @@ def _leave_out_largest(notebook: NotebookNode, excess: int) -> bool:
     for size, cell, place in found:
         if excess <= 0:
             break
-        cell.outputs[place] = _note(f"[an output of {size / 1000:.1f} kB {_LEFT_OUT}]")
+        cell.outputs[place] = _note(f"[an output of {size / 1000:.1f} kB {why}]")
         excess -= size - _SHORT_BYTES
     return bool(found)
 
