@@ -302,13 +302,16 @@ class Study:
             tokens: of a continuation.
             only: names of the engines that are held against vanilla's.
         """
-        encode = prompts.tokenizer_of(self.engines[VANILLA].spec.target)
-        begun = [(one, tuple(one.token_ids or encode(one.text))) for one in requests]
+        begun = zip(requests, self._tokens(requests), strict=True)
         short = [dataclasses.replace(one, text=None, token_ids=ids[:SAMPLED_CONTEXT]) for one, ids in begun]
         self._sampling = {"requests": short, "max_tokens": tokens, "samples": samples, "ignore_eos": True}
         self._drawn, *others = _told(self._draw, [self.engines[key] for key in (VANILLA, *only)], "samples drawn")
         for other in others:
             self._note(self.sampled, "sampled", lossless.compare_sampled(self._drawn, other).row())
+
+    def _tokens(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+        encode = prompts.tokenizer_of(self.engines[VANILLA].spec.target)
+        return [tuple(one.token_ids or encode(one.text)) for one in requests]
 
     def _draw(self, one: Engine) -> Generation:
         if one.spec.draft_tokens:  # with vanilla's seed their first tokens would agree by construction
@@ -321,8 +324,7 @@ class Study:
         What a draft is accepted for, and so a speed-up, depends on the text: these are the prompts that acceptance was
         measured on, one after the other where a context is longer than a prompt.
         """
-        encode = prompts.tokenizer_of(self.engines[VANILLA].spec.target)
-        tokens = [token for text in texts for token in text.token_ids or encode(text.text)]
+        tokens = list(itertools.chain.from_iterable(self._tokens(texts)))
 
         def cut(cell: latency.Cell) -> list[Request]:
             batch, context = cell
