@@ -55,13 +55,35 @@ def test_every_backend_is_asked_for_by_name_and_rocms_at_every_position(cells):
     assert without == {"unset", "0", "1"}
 
 
-@pytest.mark.parametrize("name", ["VLLM_ROCM_USE_AITER_MHA", "VLLM_ROCM_USE_AITER_GONE", "VLLM_PREFILL_DECODE"])
+DECODER, LATENT = {Layer()}, {Layer(), matrix.LATENT}
+
+
+def layers(cells, arch, settings):
+    """The layers for which these switches are moved on a GPU, with the main one on and nothing asked for."""
+    wanted = {MAIN_SWITCH: "1"} | settings
+    return {cell.layer for cell in cells if cell.machine.arch == arch and cell.machine.switches == wanted}
+
+
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
-def test_each_switch_of_attention_is_off_alone_and_on_alone(cells, name, arch):
-    others = {"VLLM_ROCM_USE_AITER_MHA", "VLLM_ROCM_USE_AITER_GONE", "VLLM_PREFILL_DECODE"} - {name}
-    asked = [cell.machine.switches for cell in cells if cell.machine.arch == arch and cell.machine.switch == "1"]
-    assert {MAIN_SWITCH: "1", name: "0"} in asked
-    assert {MAIN_SWITCH: "1", name: "1"} | dict.fromkeys(others, "0") in asked
+@pytest.mark.parametrize(
+    "name, other, kinds",
+    [
+        ("VLLM_ROCM_USE_AITER_MHA", "VLLM_PREFILL_DECODE", DECODER),  # documented for one kind of layer
+        ("VLLM_PREFILL_DECODE", "VLLM_ROCM_USE_AITER_MHA", LATENT),  # documented for none
+    ],
+)
+def test_each_switch_that_decides_is_off_alone_and_on_alone(cells, arch, name, other, kinds):
+    assert layers(cells, arch, {name: "0"}) == kinds
+    assert layers(cells, arch, {name: "1", other: "0"}) == LATENT
+
+
+def test_a_dead_switch_is_moved_alone_where_it_is_documented_to_decide(cells, tmp_path):
+    gone = "VLLM_ROCM_USE_AITER_GONE"
+    together = [cell.machine.switches for cell in cells if gone in cell.machine.switches]
+    assert together and all(settings == together[0] and settings[gone] == "1" for settings in together)
+    governed = "VLLM_ROCM_USE_AITER_UNIFIED_ATTENTION"
+    renamed = make_tree(tmp_path, {file: text.replace(gone, governed) for file, text in SOURCES.items()})
+    assert layers(matrix.default(renamed), "gfx942", {governed: "0"}) == DECODER
 
 
 def test_beside_each_draft_stands_the_same_question_about_the_target(cells):

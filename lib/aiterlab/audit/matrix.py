@@ -14,6 +14,8 @@ from itertools import product
 
 from aiterlab import pairwise
 from aiterlab.audit import backends, switches
+from aiterlab.audit.checks import GOVERNED
+from aiterlab.audit.switches import Switch
 from aiterlab.machines import ARCHITECTURES, Machine
 from aiterlab.machines.description import SWITCH_POSITIONS, with_switch
 from aiterlab.probes.cells import Cell
@@ -41,7 +43,7 @@ LATENT_FACTORS = {
 
 
 def default(tree: Tree) -> list[Cell]:
-    """About 230 cells on about 60 machines; pairs of factors where all combinations would be too many."""
+    """About 220 cells on about 60 machines; pairs of factors where all combinations would be too many."""
     return _distinct(Cell(tree, *question, drive=False) for question in _default(tree))
 
 
@@ -115,22 +117,27 @@ def _explicit(tree: Tree) -> Iterator[tuple[Machine, str | None, Layer]]:
 def _moved_switches(tree: Tree) -> Iterator[tuple[Machine, str | None, Layer]]:
     """Each attention switch off alone and on alone, with the main switch on; on, too, where that one is unset."""
     found = switches.of_attention(tree)
-    weighed = [switch for switch in found if switch.decides or switch.dead]
+    weighed = [switch for switch in found if switch.decides or (switch.dead and switch.name in GOVERNED)]
     off = {switch.name: "0" for switch in weighed}
     for switch, arch in product(weighed, (SUPPORTED, OTHERS[1])):
-        alone = [{switch.name: "0"}, off | {switch.name: "1"}]
-        if switch.moved() == "1":
-            alone.append({switch.name: "1"})
-        for settings in alone:
-            for layer in (Layer(), LATENT):
-                yield _with(_machine("1", arch), settings), None, layer
+        for value, layer in product(dict.fromkeys(("0", switch.moved())), _layers_of(switch)):
+            yield _with(_machine("1", arch), {switch.name: value}), None, layer
+        for layer in (Layer(), LATENT):
+            yield _with(_machine("1", arch), off | {switch.name: "1"}), None, layer
     for switch in weighed:
-        yield _with(_machine(arch=OTHERS[0], position="1"), off | {switch.name: "1"}), None, Layer()
-        yield _with(_machine("unset"), {switch.name: "1"}), None, Layer()
+        for layer in _layers_of(switch):
+            yield _with(_machine(arch=OTHERS[0], position="1"), off | {switch.name: "1"}), None, layer
+            yield _with(_machine("unset"), {switch.name: "1"}), None, layer
     others = {switch.name: switch.moved() for switch in found if switch not in weighed}
-    if others:  # they are about how attention is computed; that none of them decides shows in one machine
+    if others:  # they are about how attention is computed, or dead; that none of them decides shows in one machine
         for layer in (Layer(), LATENT):
             yield _with(_machine("1"), others), None, layer
+
+
+def _layers_of(switch: Switch) -> tuple[Layer, ...]:
+    """Of the kind that vLLM documents the switch for, or of both."""
+    kind, _ = GOVERNED.get(switch.name, (None, ()))
+    return tuple(layer for layer in (Layer(), LATENT) if kind in (None, layer.kind))
 
 
 def _layers() -> Iterator[tuple[Machine, str | None, Layer]]:

@@ -63,8 +63,9 @@ def of_attention(tree: Tree) -> list[Switch]:
 @cache
 def _declared(package: Path, fingerprint: str) -> tuple[Switch, ...]:
     known = _annotations(ast.parse((package / "envs.py").read_text(encoding="utf-8")))
-    readers = _readers(package, set(known))
-    deciding = _deciding(package)
+    through = _functions_of_operators(package)
+    readers = _readers(package, set(known), through)
+    deciding = _deciding(package, through)
     found = []
     for name, (kind, default) in known.items():
         about_attention = any(file.startswith(_ATTENTION) for file in readers[name])
@@ -82,10 +83,9 @@ def _annotations(tree: ast.Module) -> dict[str, tuple[str, str]]:
     }
 
 
-def _readers(package: Path, names: set[str]) -> dict[str, set[str]]:
+def _readers(package: Path, names: set[str], through: dict[str, set[str]]) -> dict[str, set[str]]:
     """Name -> files that read it; a file that calls a function of the operator module reads what that one reads."""
     readers: dict[str, set[str]] = defaultdict(set)
-    through = _functions_of_operators(package)
     calls = re.compile(r"\brocm_aiter_ops\.(\w+)|\b(is_\w*aiter\w*)")
     for path in package.rglob("*.py"):
         file = path.relative_to(package).as_posix()
@@ -124,8 +124,8 @@ def _functions_of_operators(package: Path) -> dict[str, set[str]]:
     direct, calls = {}, {}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            direct[node.name] = set(_reads(node)).union(*(attributes.get(name, ()) for name in backends.mentions(node)))
             calls[node.name] = set(backends.mentions(node))
+            direct[node.name] = set(_reads(node)).union(*(attributes.get(name, ()) for name in calls[node.name]))
     for _ in range(4):  # functions that call functions
         for name, called in calls.items():
             direct[name] = direct[name].union(*(direct.get(other, ()) for other in called))
@@ -133,9 +133,8 @@ def _functions_of_operators(package: Path) -> dict[str, set[str]]:
     return {name: reads for name, reads in direct.items() if name not in refresh}
 
 
-def _deciding(package: Path) -> set[str]:
+def _deciding(package: Path, through: dict[str, set[str]]) -> set[str]:
     """The switches that the platform's choice of a backend reads."""
-    through = _functions_of_operators(package)
     found = set()
     for function in backends.functions_of_the_choice(package):
         found |= set(_reads(function)).union(*(through.get(name, ()) for name in backends.mentions(function)))
