@@ -10,8 +10,10 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
+from torch._library import effects
 
 from aiterlab.probes import ahead
 
@@ -92,6 +94,38 @@ def test_a_frame_that_is_not_of_the_module_it_names_is_searched_for(name):
     exec(compile("frame = sys._getframe()", "<made up>", "exec"), scope)
     assert ahead._module(scope["frame"]) is inspect.getmodule(scope["frame"])
     assert ahead._module(ahead.prepare) is ahead
+
+
+def test_a_template_of_aiter_is_compiled_once_and_to_the_same(tmp_path, monkeypatch):
+    text = "template<int N> void {{ name }}();{% for part in parts %} {{ part }}{% endfor %}"
+    (tmp_path / "kernel.cpp.jinja").write_text(text)
+    monkeypatch.setattr(jinja2.Environment, "compile", jinja2.Environment.compile)  # put back afterwards
+    given = {"name": "paged", "parts": ["a", "b"]}
+    expected = jinja2.Template(text).render(given)
+    ahead._hold_templates(tmp_path)
+    monkeypatch.setattr(jinja2.Environment, "_parse", None)  # what is compiled now fails
+    assert jinja2.Template(text).render(given) == expected
+    with pytest.raises(TypeError):
+        jinja2.Template(text + " ").render(given)
+    with pytest.raises(TypeError):  # another language, though the same text
+        jinja2.Template(text, block_start_string="<%").render(given)
+
+
+def test_torch_looks_for_the_effects_of_an_operator_when_they_are_asked_for(monkeypatch):
+    looked = []
+
+    class Holder(effects.EffectHolder):
+        def _set_default_effect(self):
+            looked.append(self.qualname)
+            super()._set_default_effect()
+
+    ahead._look_for_effects_when_asked(Holder)
+    one, other = Holder("aten::relu"), Holder("aten::relu")
+    other._effect = effects.EffectType.ORDERED
+    assert looked == [] and other.effect is effects.EffectType.ORDERED
+    assert one.effect is one.effect is effects.EffectHolder("aten::relu").effect is None
+    assert looked == ["aten::relu"]
+    assert not hasattr(one, "unknown")
 
 
 def test_what_a_package_says_of_itself_is_read_once(monkeypatch):

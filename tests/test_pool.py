@@ -149,6 +149,19 @@ def test_a_kept_answer_needs_no_server(cell, monkeypatch):
         ask([cell("answers")])
 
 
+@pytest.mark.parametrize(
+    "behaviour, reason", [("crashes", "ended with status -6: a last word"), ("hangs", "timed out")]
+)
+def test_a_group_of_one_cell_is_its_process_and_is_asked_once(cell, behaviour, reason):
+    asked = cell("answers")
+    (asked.tree.source / "config.py").write_text(NOTE + BEHAVIOURS[behaviour])  # imported for the choice alone
+    (row,) = ask([asked], timeout_s=4)
+    assert (row["verdict"], row["facts"]) == ("no answer", {})
+    assert row["no_answer_reason"].startswith(reason)
+    began, chose = pids(asked)
+    assert began == chose and not alive(began)
+
+
 def test_ctrl_c_keeps_what_is_answered_and_leaves_no_process(cell):
     asked = [cell("answers"), cell("hangs"), cell("hangs", 1)]
 

@@ -2,8 +2,8 @@
 """Work that each cell would do alike, done once before the first: faster answers, and none that differ.
 
 Most of a cell's time goes into importing AITER, which has to stay an event of the cell. What can go before it are a
-tenth of a second for tables that AITER never fills otherwise, text that is read and thrown away, and files whose code
-is executed in each cell and is the same in all.
+tenth of a second for tables that AITER never fills otherwise, templates that it compiles and text that is read and
+thrown away, and files whose code is executed in each cell and is the same in all.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from importlib.metadata import PackageNotFoundError, PathDistribution, entry_poi
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 
+import jinja2
+
 _FOLDER = ("jit", "utils")  # of AITER, from where it imports `hipify` as a top-level package
 _HELD = "held"  # a name for modules that nobody imports
 _code: dict[str, CodeType] = {}  # file -> what it is compiled to
 _read_code = SourceFileLoader.get_code
 _find_module = inspect.getmodule
+_SOURCES = "aiter_meta"  # AITER's C++ code
 _VERSIONS_ASKED = ("transformers",)
 _TABLES, _LAST = "hipify", "hipify.hipify_python"  # PyTorch's translation of CUDA's names into HIP's; imports the rest
 
@@ -35,9 +38,13 @@ def prepare() -> None:
     inspect.getmodule = _module
     if library := sys.modules.get("torch._library.utils"):
         library.get_source = _source
+    if effects := sys.modules.get("torch._library.effects"):
+        _look_for_effects_when_asked(effects.EffectHolder)
     _hold_metadata()
     if (aiter := importlib.util.find_spec("aiter")) and aiter.origin:
         _hold_tables(Path(aiter.origin).parent.joinpath(*_FOLDER))
+    for folder in getattr(importlib.util.find_spec(_SOURCES), "submodule_search_locations", ()):
+        _hold_templates(Path(folder))
 
 
 def hold_code(packages: Iterable[Path]) -> None:
@@ -75,6 +82,37 @@ def _module(asked, _filename: str | None = None) -> ModuleType | None:
         if getattr(module, "__file__", None) == asked.f_code.co_filename:
             return module
     return _find_module(asked, _filename)
+
+
+def _look_for_effects_when_asked(holder: type) -> None:
+    """Torch reads each operator's schema for objects with state when it is registered; its compiler alone asks."""
+    if not hasattr(holder, "_set_default_effect"):
+        return
+
+    def __init__(self, qualname: str) -> None:
+        self.qualname = qualname
+
+    def __getattr__(self, name: str):
+        if name != "_effect":
+            raise AttributeError(name)
+        self._set_default_effect()
+        return self._effect
+
+    holder.__init__, holder.__getattr__ = __init__, __getattr__
+
+
+def _hold_templates(package: Path) -> None:
+    """Compile the templates of this package, as whoever makes one from their text would do each time."""
+    environment = jinja2.Template("").environment  # all that are made with no options have this one
+    held = {text: environment.compile(text) for text in (file.read_text() for file in package.rglob("*.jinja"))}
+    compile_anew = jinja2.Environment.compile
+
+    def compile_once(self, source, *args, **kwargs):
+        if self is environment and not args and not kwargs and source in held:
+            return held[source]
+        return compile_anew(self, source, *args, **kwargs)
+
+    jinja2.Environment.compile = compile_once
 
 
 def _hold_metadata() -> None:

@@ -6,9 +6,10 @@
         cell  one choice and one layer: answers, and ends
 
 Each forks the next, one child at a time, and answers nothing itself; so a cell begins where its group stood before its
-first cell, and sees nothing of another one. Which modules a base imports is found by trying, and what they read of the
-switches all the same is written down (reads.py): a group that would have read something else is sent back, to begin in
-a base of its own.
+first cell, and sees nothing of another one. A group of one cell is that cell.
+
+Which modules a base imports is found by trying, and what they read of the switches all the same is written down
+(reads.py): a group that would have read something else is sent back, to begin in a base of its own.
 """
 
 from __future__ import annotations
@@ -102,18 +103,25 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
         report({"threads": count, "ids": [cell["id"] for cell in group["cells"]]})
         return
     loaded = preload.loadable(preload.imported_after(last))
+    if len(group["cells"]) == 1:  # this process has no other cell to begin, so it may be the one of this
+        (cell,) = group["cells"]
+        report({"alone": cell["id"]})
+        _answer(probe, cell, below | _state(last, globals_too=watched), loaded, completed)
+        return
     _settle()
     forks.begun()
+
+    def answer(cell: dict, began_with: dict) -> None:
+        report({"process": os.getpid()})
+        _answer(probe, cell, began_with, loaded, completed)
+
     for cell in group["cells"]:
         began_with = below | _state(last, globals_too=watched)
-        running = forks.fork(
-            lambda c=cell, b=began_with: _answer(probe, c, b, loaded, completed, report), cell["log"], group["log"]
-        )
+        running = forks.fork(lambda c=cell, b=began_with: answer(c, b), cell["log"], group["log"])
         report({"ended": cell["id"], **asdict(running.wait(unit["limit_s"]))})
 
 
-def _answer(probe, cell: dict, began_with: dict, loaded: list[str], completed: _Completed, report: Report) -> None:
-    report({"process": os.getpid()})
+def _answer(probe, cell: dict, began_with: dict, loaded: list[str], completed: _Completed) -> None:
     last = next(reversed(sys.modules))
     began_with |= {"answered": child.answered()}
     with completed:

@@ -26,6 +26,9 @@ WORTH_LEARNING = 8  # groups beyond the first on each GPU, from which trying imp
 _SCOUTS = 8  # cells of the largest group: enough that what they all import has nothing to do with what one asks
 _UNITS_PER_WORKER, _CELLS_PER_UNIT = 2, 12  # no unit is so large that one worker would be left with it at the end
 
+# What is noted of a unit: groups that need another base; cells that became other units, and that are their groups' own.
+_OWN = {"sent_back": list, "handed_on": set, "alone": set}
+
 Finish = Callable[[int, dict], None]
 
 
@@ -96,7 +99,7 @@ class Plan:
             return None
         unit = self.ready.popleft()
         self.units[unit["id"]] = unit
-        return {name: value for name, value in unit.items() if name not in ("tree", "sent_back", "handed_on")}
+        return {name: value for name, value in unit.items() if name not in ("tree", *_OWN)}
 
     def _plan(self, tree: _Tree) -> None:
         """Make units of a tree's groups, as far as it is known what to import for them."""
@@ -144,7 +147,7 @@ class Plan:
         told = [
             {
                 "request": self._cell_at(indices[0]).request(),
-                "log": self._path("group"),
+                "log": _log(self.asked[indices[0]][1]) if len(indices) == 1 else self._path("group"),
                 "cells": [
                     {"id": i, "request": self._cell_at(i).request(), "answer": str(file), "log": _log(file)}
                     for i in indices
@@ -161,7 +164,7 @@ class Plan:
 
     def _unit(self, kind: str, **told) -> dict:
         log = {"log": self._path(kind)}
-        own = {"sent_back": [], "handed_on": set()}  # groups that need another base; cells that became other units
+        own = {name: kind() for name, kind in _OWN.items()}
         return {"id": next(self.numbers), "kind": kind, "limit_s": self.limit_s} | log | own | told
 
     def _path(self, kind: str) -> str:
@@ -177,8 +180,12 @@ class Plan:
         elif "threads" in event:  # what has threads cannot be forked: these cells get interpreters of their own
             self.ready.extend(self._cold(index) for index in event["ids"])
             unit["handed_on"] |= set(event["ids"])
+        elif "alone" in event:
+            unit["alone"].add(event["alone"])
         elif "group" in event:
-            self._group_ended(unit, unit["groups"][event["group"]], event)
+            group = unit["groups"][event["group"]]
+            alone = [cell["id"] for cell in group["cells"] if cell["id"] in unit["alone"]]
+            self._cell_ended(unit, *alone, event) if alone else self._group_ended(unit, group, event)
         else:
             del self.units[unit["id"]]
             {"nest": self._nest_ended, "imports": self._imports_ended, "cold": self._cold_ended}[unit["kind"]](

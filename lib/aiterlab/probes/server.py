@@ -36,7 +36,7 @@ def main() -> None:
     ahead.prepare()
     gc.collect()
     gc.freeze()  # children share these pages; a collection in a child would copy them
-    gc.disable()  # until a cell begins: what is imported stays
+    gc.disable()  # what is imported stays, and a cell lives for less than a second
     pages.collapse()
     channel.write(json.dumps({"ready": True}) + "\n")
     _Server(channel).serve()
