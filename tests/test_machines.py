@@ -15,32 +15,69 @@ from aiterlab.policy import MAIN_SWITCH
 HEADS, KV_HEADS, HEAD_SIZE, PAGE, BLOCKS = 4, 2, 64, 16, 8
 SCALE = HEAD_SIZE**-0.5
 
-# Sums and products around the ends of int32, on the device of a kernel that is interpreted.
-WRAPPED = """
-import json, sys
+# Kernels on the device of a kernel that is interpreted: integers around the ends of int32; a block of attention, with
+# blocks of one and two dimensions, pointers, a loop, masks, reductions and functions that call functions.
+INTERPRETED = """
+import hashlib, json, sys
 from pathlib import Path
 if sys.argv[1] == "ours":
     from aiterlab.machines import interpreter
     interpreter.choose()
 import torch, triton
 from triton import language as tl
-Path("kernel.py").write_text('''
+Path("kernels.py").write_text('''
 import triton
 from triton import language as tl
 
 @triton.jit
-def kernel(X, OUT, N: tl.constexpr):
+def wrapped(X, OUT, N: tl.constexpr):
     at = tl.arange(0, N)
     x = tl.load(X + at)
     tl.store(OUT + at, x * x + 7 - x)
+
+@triton.jit
+def address(BASE, row, column, WIDTH: tl.constexpr):
+    return BASE + row[:, None] * WIDTH + column[None, :]
+
+@triton.jit
+def tile(BASE, row, column, WIDTH: tl.constexpr, length):
+    return tl.load(address(BASE, row, column, WIDTH), mask=row[:, None] < length, other=0.0)
+
+@triton.jit
+def attention(Q, K, V, LENGTHS, OUT, N: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr):
+    length = tl.load(LENGTHS + tl.program_id(0))
+    rows, columns = tl.arange(0, N), tl.arange(0, D)
+    query = tile(Q, rows, columns, D, N)
+    most = tl.full((N,), -float("inf"), tl.float32)
+    total, out = tl.zeros((N,), tl.float32), tl.zeros((N, D), tl.float32)
+    for start in range(0, length, STEP):
+        keys = start + tl.arange(0, STEP)
+        scores = tl.dot(query, tl.trans(tile(K, keys, columns, D, length))).to(tl.float32)
+        scores = tl.where(keys[None, :] < length, scores, -float("inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        weights, shrink = tl.exp(scores - higher[:, None]), tl.exp(most - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        out = out * shrink[:, None] + tl.dot(weights.to(V.dtype.element_ty), tile(V, keys, columns, D, length))
+        most = higher
+    tl.store(address(OUT + tl.program_id(0) * N * D, rows, columns, D), (out / total[:, None]).to(OUT.dtype.element_ty))
 ''')
 sys.path.insert(0, "")
-from kernel import kernel
+from kernels import attention, wrapped
 from triton.runtime.interpreter import interpreter_builder
 x = torch.tensor([0, 3, -5, 2**31 - 1, -2**31, 46341, 65536, -46341], dtype=torch.int32)
-out = torch.empty_like(x)
-kernel[(1,)](x, out, 8)
-print(json.dumps([interpreter_builder.options.sanitize_overflow, out.tolist()]))
+integers = torch.empty_like(x)
+wrapped[(1,)](x, integers, 8)
+found = [interpreter_builder.options.sanitize_overflow, type(tl.arange).__name__, integers.tolist()]
+generator = torch.Generator().manual_seed(0)
+for dtype, steps in ((torch.float32, 16), (torch.float16, 16), (torch.float16, 32)):
+    q, k, v = (torch.randn(n, 32, generator=generator).to(dtype) for n in (16, 64, 64))
+    out = torch.empty(2, 16, 32, dtype=dtype)
+    attention[(2,)](q, k, v, torch.tensor([33, 64]), out, 16, steps, 32)
+    for lengths, one in zip((33, 64), out):
+        expected = torch.softmax(q.double() @ k[:lengths].double().T, -1) @ v[:lengths].double()
+        found.append((one.double() - expected).abs().max().item() < (1e-5 if dtype is torch.float32 else 4e-3))
+    found.append(hashlib.sha256(out.numpy().tobytes()).hexdigest())
+print(json.dumps(found))
 """
 
 # One process per machine, forked from one that holds torch.
@@ -283,8 +320,27 @@ def test_a_machine_crosses_a_process_boundary_and_leaves_nothing_of_ours_set(mon
         Machine(arch="gfx000")
 
 
-def test_the_interpreter_computes_the_same_without_its_overflow_checks(run_python):
-    ours, theirs = (json.loads(run_python(WRAPPED, whose, TRITON_INTERPRET="1")) for whose in ("ours", "theirs"))
+def test_the_interpreter_computes_the_same_without_what_it_throws_away(run_python):
+    ours, theirs = (json.loads(run_python(INTERPRETED, whose, TRITON_INTERPRET="1")) for whose in ("ours", "theirs"))
     assert (ours[0], theirs[0]) == (False, True)
-    assert ours[1] == theirs[1]
-    assert ours[1][:3] == [7, 13, 37]
+    assert ours[1:] == theirs[1:]
+    assert ours[2][:3] == [7, 13, 37]
+    assert [one for one in ours[3:] if one is True] == [True] * 6
+
+
+def test_the_interpreter_works_out_a_shape_once(run_python):
+    told = run_python(
+        "from aiterlab.machines import interpreter; interpreter.choose()\n"
+        "import triton\n"
+        "from triton.language import core\n"
+        "one, other = (core.block_type(kind, [4, core.constexpr(8)]) for kind in (core.int32, core.int32))\n"
+        "assert one == other and one is not other and one.shape is other.shape and one.numel == 32\n"
+        "assert core.block_type(core.pointer_type(core.int32), [4, 8]) != one != core.block_type(core.int32, [8, 4])\n"
+        "assert core.tensor(None, one).shape is core.tensor(None, core.block_type(core.int8, [4, 8])).shape\n"
+        "constant = core.pointer_type(core.int32, const=True)\n"
+        "assert core.block_type(constant, [4]).element_ty.const\n"
+        "assert not core.block_type(core.pointer_type(core.int32), [4]).element_ty.const\n"
+        "print(core.tensor(None, core.int32).numel.value)\n",
+        TRITON_INTERPRET="1",
+    )
+    assert told.split() == ["1"]

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Have Triton kernels run in Triton's interpreter, without what it computes and throws away."""
+"""Have Triton kernels run in Triton's interpreter, without what it computes and throws away.
+
+A small kernel of attention spends half its time there in work that is done anew for every operation and comes out the
+same: tables of types, the types of shapes, the list of what has to be patched. Every number stays what it was.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -13,7 +19,16 @@ from aiterlab import importing
 def choose() -> None:
     """Let this process interpret kernels; before Triton is imported, which decides then."""
     os.environ["TRITON_INTERPRET"] = "1"
-    importing.after_import("triton.runtime.interpreter", _leave_overflow_unchecked)
+    importing.after_import("triton.runtime.interpreter", _leave_out)
+
+
+def _leave_out(interpreter: ModuleType) -> None:
+    _leave_overflow_unchecked(interpreter)
+    for name, lean in (("_get_np_dtype", _known_by_name), ("_patch_builtin", _listed_once)):
+        if hasattr(interpreter, name):  # another Triton may do without it
+            setattr(interpreter, name, lean(interpreter))
+    _share_shapes()
+    _share_types()
 
 
 def _leave_overflow_unchecked(interpreter: ModuleType) -> None:
@@ -23,3 +38,69 @@ def _leave_overflow_unchecked(interpreter: ModuleType) -> None:
     """
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+
+
+def _known_by_name(interpreter: ModuleType) -> Callable:
+    """NumPy's type for one of Triton's: its own function fills a table of all of them to read one."""
+    read, known = interpreter._get_np_dtype, {}
+
+    def by_name(kind):
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = read(kind)
+        return known[name]
+
+    return by_name
+
+
+def _listed_once(interpreter: ModuleType) -> Callable:
+    """Put the interpreter's functions in the place of Triton's: before each call, its own looks through all members."""
+    from triton.language.core import is_builtin
+
+    builtins: dict[object, list[str]] = {}
+
+    def patch(owner, builder, scope) -> None:
+        if owner not in builtins:
+            builtins[owner] = [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
+        for name in builtins[owner]:
+            if is_builtin(member := getattr(owner, name)):  # within another call it has been replaced already
+                interpreter._patch_attr(owner, name, member, builder, scope)
+
+    return patch
+
+
+def _share_shapes() -> None:
+    """Let tensors of one shape have one tuple for it: Triton makes it anew, with its type and that one's name."""
+    from triton.language import core
+
+    make, shapes = core.tensor.__init__, {}
+
+    def __init__(self, handle, type) -> None:
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in shapes:
+            make(self, handle, type)
+            shapes[shape] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[shape]
+
+    theirs, ours = (core.tensor.__new__(core.tensor) for _ in range(2))
+    make(theirs, None, core.int32)
+    __init__(ours, None, core.int32)
+    if vars(ours).keys() == vars(theirs).keys():  # another Triton may put more into a tensor
+        core.tensor.__init__ = __init__
+
+
+def _share_types() -> None:
+    """Let types of blocks be worked out once: Triton writes the name of each, and that of its shape's type."""
+    from triton.language import core
+
+    make, known = core.block_type.__init__, {}
+
+    def __init__(self, element_ty, shape) -> None:
+        key = type(element_ty), element_ty.name, tuple([getattr(size, "value", size) for size in shape])
+        if key not in known or known[key]["element_ty"] != element_ty:  # pointers of one name may differ
+            make(self, element_ty, shape)
+            known[key] = vars(self).copy()
+        vars(self).update(known[key])
+
+    core.block_type.__init__ = __init__
