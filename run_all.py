@@ -53,6 +53,7 @@ ROWS = (
             "smoke": {
                 "profile": "smoke",
                 "trees": ["regressed", "release:0.16.0"],
+                "architectures": ["gfx942", "gfx1100"],
                 "cold_share": 0.004,
             },
             "standard": {},
@@ -100,7 +101,7 @@ ROWS = (
                 "rounds": 1,
                 "cells": ["1x128"],
                 "accuracy": {"aiterlab_arithmetic": 10},
-                "beside": ["sabotage", "backends", "serve", "tensor 2"],
+                "beside": ["sabotage", "backends", "serve"],
                 "trees": ["regressed", "release:0.16.0"],
             },
             "standard": {},

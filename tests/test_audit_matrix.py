@@ -45,6 +45,11 @@ def test_every_gpu_is_asked_with_and_without_aiter_at_every_position_of_the_swit
     assert set(product(ARCHITECTURES, (True, False), positions)) <= plain
 
 
+def test_some_gpus_are_asked_what_all_are(tree, cells):
+    some = {"gfx942", "gfx1100"}
+    assert matrix.default(tree, some) == [cell for cell in cells if cell.machine.arch in some] != []
+
+
 def test_every_backend_is_asked_for_by_name_and_rocms_at_every_position(cells):
     asked = {(cell.explicit, cell.machine.switch) for cell in cells if cell.machine.arch == "gfx942"}
     assert {("FLASH_ATTN", "unset"), ("TRITON_MLA", "unset")} <= asked

@@ -50,7 +50,7 @@ def audit(monkeypatch):
     """An audit of two trees, one of which cannot be had, that has not asked anything."""
     tree = trees.Tree("t1", folder=None, source=None, fingerprint="f" * 64, origin="made up")
     monkeypatch.setattr(study, "get_all", lambda names: {"t0": TreeError("t0: no such wheel"), "t1": tree, "t2": tree})
-    monkeypatch.setattr(study.matrix, "default", lambda tree: ["a cell", "another"])
+    monkeypatch.setattr(study.matrix, "default", lambda tree, architectures: ["a cell", "another"])
     return study.Audit(["t0", "t1", "t2"], workers=2)
 
 

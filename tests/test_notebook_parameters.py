@@ -97,6 +97,7 @@ def test_every_notebook_has_a_model():
         (KERNELS, {"dtypes": ["bf16"]}, "did you mean 'bfloat16'?"),
         (KERNELS, {"providers": ["vllm"]}, "unknown choice 'vllm'"),
         (KERNELS, {"machine": "native"}, "unknown choice 'native'"),
+        (AUDIT, {"architectures": ["gfx950"]}, "lacks gfx942, on which most is varied; add it"),
         (KERNELS, {"checks": "tinny"}, "did you mean 'tiny'?"),
         (KERNELS, {"rounds": -1}, "greater than or equal to 0"),
         (KERNELS, {"cases": ["verify_1x32k"]}, "unknown case 'verify_1x32k'; write decode_64x8k"),

@@ -8,7 +8,7 @@ is to vary (switches, backends) is found in the tree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import product
 
@@ -42,9 +42,14 @@ LATENT_FACTORS = {
 }
 
 
-def default(tree: Tree) -> list[Cell]:
-    """About 220 cells on about 60 machines; pairs of factors where all combinations would be too many."""
-    return _distinct(Cell(tree, *question, drive=False) for question in _default(tree))
+def default(tree: Tree, architectures: Collection[str] = ARCHITECTURES) -> list[Cell]:
+    """About 220 cells on about 60 machines; pairs of factors where all combinations would be too many.
+
+    Args:
+        architectures: GPUs of the machines; most is varied on gfx942.
+    """
+    cells = _distinct(Cell(tree, *question, drive=False) for question in _default(tree))
+    return [cell for cell in cells if cell.machine.arch in architectures]
 
 
 def _default(tree: Tree) -> Iterator[tuple[Machine, str | None, tuple, Layer]]:

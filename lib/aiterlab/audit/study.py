@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from aiterlab.audit import detector, matrix, statements, wording
 from aiterlab.audit.judgement import Judgement
+from aiterlab.machines import ARCHITECTURES
 from aiterlab.probes import pool
 from aiterlab.progress import Progress
 from aiterlab.trees import Tree, get_all, releases
@@ -38,11 +39,11 @@ class Pace:
 class Audit:
     """Trees, the cells of the default matrix, their answers, and what the statements make of them."""
 
-    def __init__(self, wanted: Sequence[str], workers: int = 0) -> None:
+    def __init__(self, wanted: Sequence[str], workers: int = 0, architectures: Collection[str] = ARCHITECTURES) -> None:
         self.found = get_all(names(wanted))
         self.trees = {name: tree for name, tree in self.found.items() if isinstance(tree, Tree)}
         self.workers = workers or len(os.sched_getaffinity(0))
-        self.cells = [cell for tree in self.trees.values() for cell in matrix.default(tree)]
+        self.cells = [cell for tree in self.trees.values() for cell in matrix.default(tree, architectures)]
         self.rows: list[dict] = []
         self.judgements: list[Judgement] = []
         self.differing: list[dict] = []

@@ -109,6 +109,9 @@ class AuditBackendSelection(NotebookParameters):
         ["release:0.15.1", "regressed", "release:0.16.0", "release:0.19.0", "release:0.32.0"],
         description="oldest first",
     )
+    architectures: Some[Architecture] = Field(
+        ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201"], description="GPUs, with gfx942"
+    )
     looked_at: str = Field("", description="the tree that is shown cell by cell, empty for the last")
     compared: list[str] = Field([], description="two trees whose answers are compared, empty for the last two")
     cold_share: Share = Field(0.01, description="of the cells, 0 to 1, asked again in a new interpreter each")
@@ -119,6 +122,8 @@ class AuditBackendSelection(NotebookParameters):
     def _shown_trees_are_asked(self) -> "AuditBackendSelection":
         if len(self.compared) not in (0, 2):
             raise ValueError(f"compared is {self.compared}; name two trees, or none for the last two")
+        if "gfx942" not in self.architectures:
+            raise ValueError(f"architectures: {self.architectures} lacks gfx942, on which most is varied; add it")
         if any(tree.startswith("releases:") for tree in self.trees):
             return self  # which releases there are, the package index knows
         for name, tree in (("looked_at", self.looked_at), *(("compared", tree) for tree in self.compared)):
