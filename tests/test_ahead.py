@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import py_compile
 import sys
+from importlib import _bootstrap_external
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,3 +190,29 @@ def test_a_file_that_changed_since_is_read_as_it_is(package, text):
         scope: dict = {}
         exec(code(file), scope)
         assert scope["NAME"] == "edited"
+
+
+def test_compiled_files_are_taken_from_where_an_installer_put_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(_bootstrap_external, "cache_from_source", _bootstrap_external.cache_from_source)
+    files = {}
+    for name in ("installed", "new", "tree"):
+        (tmp_path / name).mkdir()
+        files[name] = tmp_path / name / f"module_of_{name}.py"
+        files[name].write_text("")
+    for name in ("installed", "tree"):
+        py_compile.compile(files[name])
+    sys.pycache_prefix = str(tmp_path / "apart")
+    ahead.share_compiled_files([tmp_path / "tree"])
+    monkeypatch.setattr(sys, "path", [str(file.parent) for file in files.values()] + sys.path)
+    for name, file in files.items():
+        module = importlib.import_module(file.stem)
+        del sys.modules[file.stem]
+        beside = Path(module.__cached__).is_relative_to(tmp_path / name)
+        assert (beside, Path(module.__cached__).exists()) == (name == "installed", True)
+    assert {path.name.partition(".")[0] for path in (tmp_path / "apart").rglob("*.pyc")} == {
+        "module_of_new",
+        "module_of_tree",
+    }
+    assert not (files["new"].parent / "__pycache__").exists()

@@ -12,9 +12,11 @@ import contextlib
 import importlib.abc
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable
+from importlib import _bootstrap_external
 from importlib.machinery import PathFinder, SourceFileLoader
 from importlib.metadata import PackageNotFoundError, PathDistribution, entry_points, version
 from pathlib import Path
@@ -45,6 +47,28 @@ def prepare() -> None:
         _hold_tables(Path(aiter.origin).parent.joinpath(*_FOLDER))
     for folder in getattr(importlib.util.find_spec(_SOURCES), "submodule_search_locations", ()):
         _hold_templates(Path(folder))
+
+
+def share_compiled_files(apart: Iterable[Path]) -> None:
+    """Take compiled files from where installers have put them; without that a prefix has all of them made anew.
+
+    In a process whose compiled files are apart (`sys.pycache_prefix`): those below the folders `apart` stay so, and
+    what nobody has compiled yet goes there too, not into somebody's environment.
+    """
+    find_below, folders = _bootstrap_external.cache_from_source, tuple(f"{folder}{os.sep}" for folder in apart)
+
+    def find(path, *args, **kwargs) -> str:
+        below = find_below(path, *args, **kwargs)
+        if os.fspath(path).startswith(folders):
+            return below
+        prefix, sys.pycache_prefix = sys.pycache_prefix, None
+        try:
+            beside = find_below(path, *args, **kwargs)
+        finally:
+            sys.pycache_prefix = prefix
+        return beside if os.path.exists(beside) else below
+
+    _bootstrap_external.cache_from_source = find
 
 
 def hold_code(packages: Iterable[Path]) -> None:
