@@ -43,10 +43,16 @@ def prepare() -> None:
     if effects := sys.modules.get("torch._library.effects"):
         _look_for_effects_when_asked(effects.EffectHolder)
     _hold_metadata()
-    if (aiter := importlib.util.find_spec("aiter")) and aiter.origin:
-        _hold_tables(Path(aiter.origin).parent.joinpath(*_FOLDER))
-    for folder in getattr(importlib.util.find_spec(_SOURCES), "submodule_search_locations", ()):
-        _hold_templates(Path(folder))
+    for folder in folders_of("aiter"):
+        _hold_tables(folder.joinpath(*_FOLDER))
+    for folder in folders_of(_SOURCES):
+        _hold_templates(folder)
+
+
+def folders_of(package: str) -> list[Path]:
+    """Where an installed package lies, nowhere if it is not installed; it is not imported."""
+    spec = importlib.util.find_spec(package)
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
 
 
 def share_compiled_files(apart: Iterable[Path]) -> None:

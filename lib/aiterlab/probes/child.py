@@ -8,7 +8,6 @@ with nothing preloaded, which leaves its answer in FILE.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -59,7 +58,7 @@ def take_place(request: dict) -> None:
     sys.path.insert(0, tree["folder"])
     # Compiled files are shared by all cells of a tree and never written into a user's checkout.
     sys.pycache_prefix, sys.dont_write_bytecode = str(paths.cache_dir() / "pycache"), False
-    ahead.share_compiled_files([Path(tree["folder"]), *_aiter()])
+    ahead.share_compiled_files([Path(tree["folder"]), *ahead.folders_of("aiter")])
     if machine.simulated:
         from aiterlab.machines import simulation
 
@@ -74,12 +73,7 @@ def hold_code(request: dict) -> None:
     """Have the code at hand that processes forked from this one will execute: the probes', the tree's and AITER's."""
     from aiterlab.probes import questions  # noqa: F401
 
-    ahead.hold_code([Path(request["tree"]["folder"]) / "vllm", *_aiter()])
-
-
-def _aiter() -> list[Path]:
-    aiter = importlib.util.find_spec("aiter")
-    return [Path(folder) for folder in (aiter.submodule_search_locations if aiter else ())]
+    ahead.hold_code([Path(request["tree"]["folder"]) / "vllm", *ahead.folders_of("aiter")])
 
 
 def settle_aiter(request: dict) -> None:

@@ -15,6 +15,7 @@ Which modules a base imports is found by trying, and what they read of the switc
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import importlib
@@ -117,7 +118,7 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
 
     for cell in group["cells"]:
         began_with = below | _state(last, globals_too=watched)
-        running = forks.fork(lambda c=cell, b=began_with: answer(c, b), cell["log"], group["log"])
+        running = forks.fork(functools.partial(answer, cell, began_with), cell["log"], group["log"])
         report({"ended": cell["id"], **asdict(running.wait(unit["limit_s"]))})
 
 

@@ -184,8 +184,10 @@ class Plan:
             unit["alone"].add(event["alone"])
         elif "group" in event:
             group = unit["groups"][event["group"]]
-            alone = [cell["id"] for cell in group["cells"] if cell["id"] in unit["alone"]]
-            self._cell_ended(unit, *alone, event) if alone else self._group_ended(unit, group, event)
+            if (first := group["cells"][0]["id"]) in unit["alone"]:
+                self._cell_ended(unit, first, event)
+            else:
+                self._group_ended(unit, group, event)
         else:
             del self.units[unit["id"]]
             {"nest": self._nest_ended, "imports": self._imports_ended, "cold": self._cold_ended}[unit["kind"]](
