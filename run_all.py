@@ -101,7 +101,7 @@ ROWS = (
                 "rounds": 1,
                 "cells": ["1x128"],
                 "accuracy": {"aiterlab_arithmetic": 10},
-                "beside": ["sabotage", "backends", "serve"],
+                "beside": ["sabotage", "backends", "serve", "tensor 2"],
                 "trees": ["regressed", "release:0.16.0"],
             },
             "standard": {},
