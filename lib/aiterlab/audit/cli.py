@@ -47,9 +47,6 @@ exit codes:
 """
 
 
-_LEARNT_FROM = ("loaded_modules", "long_patterns")  # by the pool, for the next time; most of what a row weighs
-
-
 def add_parser(commands) -> None:
     """Add the command `audit`."""
     parser = commands.add_parser(
@@ -153,7 +150,7 @@ def _write(options: argparse.Namespace, judgements: Sequence[Judgement], rows: S
     if options.json:
         whole = {
             "judgements": [judged.record() for judged in judgements],
-            "rows": [{name: value for name, value in row.items() if name not in _LEARNT_FROM} for row in rows],
+            "rows": rows,
             "provenance": provenance.collect(),
         }
         records.atomic_write_text(options.json, records.dump_json(security.scrub_tree(whole)))

@@ -44,7 +44,7 @@ def read(cell: Cell, file: Path, ending: dict | None = None) -> dict | None:
     if not file.exists():
         return None
     facts = json.loads(file.read_text())
-    about = {name: facts.pop(name, None) for name in ("loaded_modules", "long_patterns", "began_with", "answered_utc")}
+    about = {name: facts.pop(name, None) for name in ("began_with", "answered_utc")}
     return cell.coordinates() | {
         "verdict": str(verdict(facts)),
         "facts": facts,
@@ -79,8 +79,6 @@ def unasked(cell: Cell, reason: str) -> dict:
         "peak_memory_bytes": None,
         "no_answer_reason": reason,
         "aiter_log": [],
-        "loaded_modules": [],
-        "long_patterns": [],
         "began_with": None,
         "answered_utc": None,
     }

@@ -154,10 +154,9 @@ def _digest(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def keep(facts: dict, began_with: dict, loaded_modules: list[str], file: str) -> None:
+def keep(facts: dict, began_with: dict, file: str) -> None:
     """Leave an answer where the pool looks for it."""
-    about = {"began_with": began_with, "loaded_modules": loaded_modules, "long_patterns": preload.long_patterns()}
-    about["answered_utc"] = datetime.now(UTC).isoformat(timespec="seconds")
+    about = {"began_with": began_with, "answered_utc": datetime.now(UTC).isoformat(timespec="seconds")}
     records.atomic_write_text(Path(file), json.dumps(facts | about))
 
 
@@ -165,9 +164,7 @@ def main() -> None:
     began_with = state() | {"answered": answered()}
     request = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    before = set(sys.modules)
-    facts = answer(request)
-    keep(facts, began_with, preload.loadable([name for name in sys.modules if name not in before]), sys.argv[1])
+    keep(answer(request), began_with, sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # no clean-up: libraries registered for a simulated device do not unload cleanly

@@ -30,7 +30,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from aiterlab import records
-from aiterlab.probes import child, forks, preload
+from aiterlab.probes import child, forks
 from aiterlab.probes.reads import Forbidden, Reads
 
 TREE = "vllm"
@@ -103,18 +103,17 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
     if (count := threading.active_count()) > 1:
         report({"threads": count, "ids": [cell["id"] for cell in group["cells"]]})
         return
-    loaded = preload.loadable(preload.imported_after(last))
     if len(group["cells"]) == 1:  # this process has no other cell to begin, so it may be the one of this
         (cell,) = group["cells"]
         report({"alone": cell["id"]})
-        _answer(probe, cell, below | _state(last, globals_too=watched), loaded, completed)
+        _answer(probe, cell, below | _state(last, globals_too=watched), completed)
         return
     _settle()
     forks.begun()
 
     def answer(cell: dict, began_with: dict) -> None:
         report({"process": os.getpid()})
-        _answer(probe, cell, began_with, loaded, completed)
+        _answer(probe, cell, began_with, completed)
 
     for cell in group["cells"]:
         began_with = below | _state(last, globals_too=watched)
@@ -122,14 +121,13 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
         report({"ended": cell["id"], **asdict(running.wait(unit["limit_s"]))})
 
 
-def _answer(probe, cell: dict, began_with: dict, loaded: list[str], completed: _Completed) -> None:
-    last = next(reversed(sys.modules))
+def _answer(probe, cell: dict, began_with: dict, completed: _Completed) -> None:
     began_with |= {"answered": child.answered()}
     with completed:
         facts = child.finish(probe, cell["request"])
     if file := cell.get("imported"):
         records.atomic_write_text(Path(file), json.dumps(completed.names))
-    child.keep(facts, began_with, loaded + preload.loadable(preload.imported_after(last)), cell["answer"])
+    child.keep(facts, began_with, cell["answer"])
 
 
 def _state(last: str, *, globals_too: bool) -> dict:

@@ -77,7 +77,7 @@ class Plan:
             parts.setdefault((cell.tree.fingerprint, str(cell.tree.environment), cell.drive), []).append(index)
         for key, indices in parts.items():
             moved = sorted({name for i in indices for name in self._cell_at(i).machine.switches})
-            tree = _Tree(moved, Names("tree", f"{key} {moved} {context}"))
+            tree = _Tree(moved, Names(f"{key} {moved} {context}"))
             for i in indices:
                 tree.groups.setdefault(self._cell_at(i).group, []).append(i)
             self.trees.append(tree)

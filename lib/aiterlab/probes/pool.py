@@ -17,10 +17,9 @@ from math import ceil
 from pathlib import Path
 
 from aiterlab import paths
-from aiterlab.probes import answers
+from aiterlab.probes import answers, preload
 from aiterlab.probes.cells import Cell
 from aiterlab.probes.plan import Plan
-from aiterlab.probes.preload import Names
 
 TIMEOUT_S, NATIVE_TIMEOUT_S = 240, 3600  # on a real machine AITER compiles its modules, for minutes each
 _SERVER_ENVIRONMENT = {
@@ -98,39 +97,20 @@ def ask(
         file.unlink(missing_ok=True)
     if simulated := {i: asked for i, asked in todo.items() if asked[0].machine.simulated}:
         limit_s = timeout_s or TIMEOUT_S
-        if cold:
-            _carry_out(Plan(simulated, workers, limit_s, finish, cold=True), {}, _SIMULATION)
-        else:
-            _ask_forked(simulated, workers, limit_s, finish, rows)
+        _carry_out(Plan(simulated, workers, limit_s, finish, cold=cold), () if cold else preload.MODULES, _SIMULATION)
     if native := {i: asked for i, asked in todo.items() if not asked[0].machine.simulated}:
         # A process that forks must not have touched a GPU, so none is forked; and one GPU means one at a time.
-        _carry_out(Plan(native, 1, timeout_s or NATIVE_TIMEOUT_S, finish, cold=True), {}, {})
+        _carry_out(Plan(native, 1, timeout_s or NATIVE_TIMEOUT_S, finish, cold=True), (), {})
     return rows
 
 
-def _ask_forked(todo: dict, workers: int, limit_s: float, finish, rows: list) -> None:
-    """Answer cells in processes that are forked from one with third-party modules; learn which these are.
-
-    Where nothing is known yet, the first cell and the last are asked before the others: the oldest and the newest tree.
-    """
-    kind = "driven" if any(cell.drive for cell, _ in todo.values()) else "asked"
-    modules, patterns = Names(kind, answers.versions()), Names("patterns", answers.versions())
-    first = {i: todo[i] for i in {min(todo), max(todo)}}
-    parts = [first, {i: asked for i, asked in todo.items() if i not in first}]
-    for part in [todo] if modules.known else filter(None, parts):
-        plan = Plan(part, workers, limit_s, finish, cold=False)
-        _carry_out(plan, {"modules": modules.names, "patterns": patterns.names}, _SIMULATION)
-        for names, what in ((modules, "loaded_modules"), (patterns, "long_patterns")):
-            names.extend(name for i in part for name in rows[i][what])
-
-
-def _carry_out(plan: Plan, preload: dict[str, list[str]], environment: dict[str, str]) -> None:
+def _carry_out(plan: Plan, modules: Sequence[str], environment: dict[str, str]) -> None:
     while True:
-        with Server(preload, environment) as server:
+        with Server(modules, environment) as server:
             if server.leave_out is None:
                 server.carry_out(plan)
                 return
-        preload = preload | {"modules": [name for name in preload["modules"] if name != server.leave_out]}
+        modules = [name for name in modules if name != server.leave_out]
 
 
 def compare_cold(
@@ -176,7 +156,7 @@ def _differences(one, other, path: str = ""):
 class Server:
     """The root of all probe processes, spoken to through its standard input and output."""
 
-    def __init__(self, preload: dict[str, list[str]], environment: dict[str, str]) -> None:
+    def __init__(self, modules: Sequence[str], environment: dict[str, str]) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "aiterlab.probes.server"],
@@ -188,7 +168,7 @@ class Server:
             start_new_session=True,  # Ctrl-C reaches us, and we end it in order
         )
         try:
-            self._send(preload)
+            self._send({"modules": list(modules)})
             self.leave_out = self._receive().get("leave_out")
         except BaseException:  # Ctrl-C while it imports: nobody else would end it
             self.close()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done before cells are asked: lists that were learnt by watching, kept between runs.
+"""What is imported before cells are asked: by all of them, and by those of one tree.
 
-They make answers faster and never different: a list that fits badly costs time.
+It makes answers faster and never different: a list that fits badly costs time.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.abc
 import json
-import os
-import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -20,32 +18,34 @@ from aiterlab import paths, records
 
 # In these the machines differ, so a module that asks for one while it is imported holds an answer of the wrong machine.
 _OF_MACHINES = ("aiter", "aiter_meta", "amdsmi", "csrc", "flash_attn", "vllm")
-# Packages whose import is the very thing that a cell observes.
-OBSERVED = ("aiter", "aiter_meta", "aiterlab", "amdsmi", "csrc", "flash_attn", "torchvision", "vllm")
-
-
-# Their compilation takes a tenth of a second: AITER makes two of 30,000 characters when it is imported.
-_LONG_PATTERN = 10_000
-_compiled: set[str] = set()  # by `compile_all`, in this process or in one that it was forked from
+# What vLLM's releases, AITER and the simulated machine import of others, with all that these import: 5,000 modules.
+# Not among it is what takes no time, and what asks for a part of a machine.
+MODULES = (
+    "torch", "torch._dynamo", "torch._export.serde.schema", "torch._inductor.codegen.triton",
+    "torch._inductor.compile_fx", "torch._inductor.fx_passes.b2b_gemm", "torch._inductor.kernel.flex.common",
+    "torch.ao.quantization.fx._decomposed", "torch.utils.cpp_extension", "torch.utils.mkldnn", "triton",
+    "triton.experimental.gluon.language", "transformers.convert_slow_tokenizer",
+    "transformers.generation.continuous_batching.requests", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "transformers.models.siglip.configuration_siglip",
+    "transformers.quantizers.quantizers_utils", "aiohttp", "cachetools", "cbor2", "cpuinfo", "fsspec.caching", "gguf",
+    "grpc", "llguidance", "logging.config", "msgspec", "networkx", "openai", "openai_harmony",
+    "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry.sdk.metrics", "pandas", "PIL.ImageOps",
+    "prometheus_client", "pybase64", "scipy.optimize", "scipy.signal", "setuptools.command.build_ext",
+    "sklearn.metrics", "tvm_ffi.libinfo", "xgrammar", "xxhash", "zmq.asyncio",
+)  # fmt: skip
 
 
 class Names:
-    """A list of names, or of patterns, in the cache.
+    """A list of a tree's modules in the cache.
 
     Args:
-        kind: what the list is for.
         basis: all that the list depends on.
     """
 
-    def __init__(self, kind: str, basis: str) -> None:
-        self.file = Path(paths.cache_dir() / f"preload-{kind}-{hashlib.sha256(basis.encode()).hexdigest()[:16]}.json")
+    def __init__(self, basis: str) -> None:
+        self.file = Path(paths.cache_dir() / f"preload-tree-{hashlib.sha256(basis.encode()).hexdigest()[:16]}.json")
         self.known = self.file.exists()
         self.names: list[str] = json.loads(self.file.read_text()) if self.known else []
-
-    def extend(self, names: Iterable[str]) -> None:
-        """Add names at the end, each once."""
-        if new := [name for name in dict.fromkeys(names) if name not in set(self.names)]:
-            self.replace(self.names + new)
 
     def replace(self, names: list[str]) -> None:
         self.known, self.names = True, names
@@ -105,38 +105,3 @@ def imported_after(last: str | None) -> list[str]:
             break
         names.append(name)
     return names[::-1]
-
-
-def loadable(names: Iterable[str]) -> list[str]:
-    """Of some imported modules, the third-party and standard ones that another process can import by name.
-
-    Left out is what a cell observes, and every file in the folders of those packages: AITER also imports parts of
-    itself as top-level modules.
-    """
-    observed = [f"{folder}{os.sep}" for name in OBSERVED for folder in getattr(sys.modules.get(name), "__path__", ())]
-    kept = []
-    for name in names:
-        spec = getattr(sys.modules[name], "__spec__", None)
-        origin = getattr(spec, "origin", None)
-        if origin is None or spec.name != name or name.partition(".")[0] in OBSERVED:
-            continue
-        file_of_others = Path(origin).is_file() and not any(origin.startswith(folder) for folder in observed)
-        if origin in ("built-in", "frozen") or file_of_others:
-            kept.append(name)
-    return kept
-
-
-def compile_all(patterns: Iterable[str]) -> None:
-    """Compile regular expressions before the processes that need them begin."""
-    for pattern in patterns:
-        re.compile(pattern)
-        _compiled.add(pattern)
-
-
-def long_patterns() -> list[str]:
-    """Regular expressions whose compilation takes long, and that nobody has compiled ahead of this process."""
-    return [
-        pattern
-        for kind, pattern, flags in list(getattr(re, "_cache", ()))
-        if kind is str and len(pattern) > _LONG_PATTERN and not flags and pattern not in _compiled
-    ]

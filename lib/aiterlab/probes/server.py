@@ -32,7 +32,6 @@ def main() -> None:
     if spoilt_by := preload.import_all(first.get("modules", ())):
         channel.write(json.dumps({"leave_out": spoilt_by}) + "\n")
         return
-    preload.compile_all(first.get("patterns", ()))
     ahead.prepare()
     gc.collect()
     gc.freeze()  # children share these pages; a collection in a child would copy them
