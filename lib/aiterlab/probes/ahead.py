@@ -9,9 +9,11 @@ thrown away, and files whose code is executed in each cell and is the same in al
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.abc
 import importlib.util
 import inspect
+import marshal
 import os
 import pkgutil
 import sys
@@ -75,6 +77,29 @@ def share_compiled_files(apart: Iterable[Path]) -> None:
         return beside if os.path.exists(beside) else below
 
     _bootstrap_external.cache_from_source = find
+
+
+def compile_once(folder: Path) -> None:
+    """Keep in a folder what source is compiled to: releases have half of their files in common.
+
+    It is kept by its content, so a file of another tree or at another place finds it; Python still keeps each file's
+    compiled code by its path, which is what it looks at first.
+    """
+    compile_anew = SourceFileLoader.source_to_code
+
+    def source_to_code(loader, data, path, **options) -> CodeType:
+        if not isinstance(data, bytes) or options:
+            return compile_anew(loader, data, path, **options)
+        kept = folder / f"{hashlib.sha256(data).hexdigest()}.{sys.implementation.cache_tag}-{sys.flags.optimize}"
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError, ImportError):
+            return _bootstrap_external._compile_bytecode(kept.read_bytes(), source_path=os.fspath(path))
+        code = compile_anew(loader, data, path)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            _bootstrap_external._write_atomic(os.fspath(kept), marshal.dumps(code))
+        return code
+
+    SourceFileLoader.source_to_code = source_to_code
 
 
 def hold_code(packages: Iterable[Path]) -> None:

@@ -58,6 +58,7 @@ def take_place(request: dict) -> None:
     sys.path.insert(0, tree["folder"])
     # Compiled files are shared by all cells of a tree and never written into a user's checkout.
     sys.pycache_prefix, sys.dont_write_bytecode = str(paths.cache_dir() / "pycache"), False
+    ahead.compile_once(paths.cache_dir() / "compiled")
     ahead.share_compiled_files([Path(tree["folder"]), *ahead.folders_of("aiter")])
     if machine.simulated:
         from aiterlab.machines import simulation
