@@ -28,9 +28,9 @@ MODULES = (
     "transformers.generation.continuous_batching.requests", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.models.siglip.configuration_siglip",
     "transformers.quantizers.quantizers_utils", "aiohttp", "cachetools", "cbor2", "cpuinfo", "fsspec.caching", "gguf",
-    "grpc", "llguidance", "logging.config", "msgspec", "networkx", "openai", "openai_harmony",
-    "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry.sdk.metrics", "pandas", "PIL.ImageOps",
-    "prometheus_client", "pybase64", "scipy.optimize", "scipy.signal", "setuptools.command.build_ext",
+    "grpc", "huggingface_hub.hf_file_system", "llguidance", "logging.config", "msgspec", "networkx", "openai",
+    "openai_harmony", "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry.sdk.metrics", "pandas",
+    "PIL.ImageOps", "prometheus_client", "pybase64", "scipy.optimize", "scipy.signal", "setuptools.command.build_ext",
     "sklearn.metrics", "tvm_ffi.libinfo", "xgrammar", "xxhash", "zmq.asyncio",
 )  # fmt: skip
 
