@@ -12,7 +12,6 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pandas as pd
 import torch
@@ -116,14 +115,6 @@ class Study:
 def with_dtype(workloads: Iterable[Workload], dtypes: Iterable[str]) -> tuple[Workload, ...]:
     """Every workload in every dtype, under the same name."""
     return tuple(dataclasses.replace(w, dtype=dtype) for dtype in dtypes for w in workloads)
-
-
-def meanwhile(work: Callable, *arguments) -> Future:
-    """Start `work(*arguments)`, which waits for other processes, beside what follows; `result()` waits for its end."""
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(work, *arguments)
-    pool.shutdown(wait=False)
-    return future
 
 
 def _checks(

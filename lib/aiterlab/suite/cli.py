@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with a run (default: the newest): keep what is done and unchanged, run the rest",
     )
     parser.add_argument(
-        "--at-once", metavar="N", type=int, default=0, help="notebooks at the same time (default: one per core)"
+        "--at-once", metavar="N", type=int, default=0, help="notebooks at the same time (default: cores + 1)"
     )
     parser.add_argument(
         "--budget-minutes", metavar="N", type=float, help="stop a notebook after this long (default: its row's)"

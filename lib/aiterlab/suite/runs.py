@@ -201,12 +201,13 @@ def run_plans(
         plans: what to run, in the order in which it is preferred.
         run: where the results go, and whether those that are there may stay.
         say: gets each line of progress.
-        at_once: notebooks at the same time; 0 for one per usable core, or for as many as there are elsewhere.
+        at_once: notebooks at the same time; 0 for one more than there are usable cores (each has stretches of one
+            process, or of waiting), or for as many as there are elsewhere.
         fail_fast: skip what has not begun when one has failed.
         start: starts a notebook elsewhere, where others see to memory, cores and quiet.
     """
     facts = provenance.collect()
-    limit = at_once or facts["cpu_usable_count"]
+    limit = at_once or facts["cpu_usable_count"] + 1
     if start is not None:
         # Of this machine nothing counts but the code; a result from elsewhere is not one from here.
         code = {name: value for name, value in facts.items() if name.startswith("git_")}
