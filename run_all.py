@@ -54,7 +54,7 @@ ROWS = (
                 "profile": "smoke",
                 "trees": ["regressed", "release:0.16.0"],
                 "architectures": ["gfx942", "gfx1100"],
-                "cold_share": 0.004,
+                "cold_share": 0.002,
             },
             "standard": {},
             "full": {
