@@ -29,13 +29,13 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a library that prints while it is imported must not speak on the channel
     first = json.loads(sys.stdin.readline())
+    gc.disable()  # what is imported stays, and a cell lives for less than a second
     if spoilt_by := preload.import_all(first.get("modules", ())):
         channel.write(json.dumps({"leave_out": spoilt_by}) + "\n")
         return
     ahead.prepare()
     gc.collect()
     gc.freeze()  # children share these pages; a collection in a child would copy them
-    gc.disable()  # what is imported stays, and a cell lives for less than a second
     pages.collapse()
     channel.write(json.dumps({"ready": True}) + "\n")
     _Server(channel).serve()

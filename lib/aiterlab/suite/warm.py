@@ -58,9 +58,11 @@ def preload(*, shared: bool) -> bool:
         return False
     before = os.environ.get("MPLBACKEND")
     os.environ.setdefault("MPLBACKEND", _INLINE)
+    gc.disable()  # what is imported stays, so looking for garbage in it is lost time
     for name in MODULES + (SHARED if shared else ()):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.enable()
     if before is None:
         del os.environ["MPLBACKEND"]
     if threading.active_count() > 1 or not sys.modules.keys().isdisjoint(OBSERVED):
