@@ -23,7 +23,7 @@ GRACE_S = 5.0
 _STUCK_S = 30.0
 _STARTUP_S = 120.0
 _FAREWELL_S = 1.0  # for processes that are ending by themselves, as multiprocessing's tracker does
-_MEMORY_INTERVAL_S = 5.0
+_MEMORY_INTERVAL_S, _MEMORY_SHARE = 5.0, 0.005  # at most this share of the time: the system walks all pages for it
 _INTERRUPT_INTERVAL_S = 1.0  # a kernel ignores an interrupt that comes between two cells
 
 
@@ -155,7 +155,7 @@ class Watch:
                 next_interrupt = now + _INTERRUPT_INTERVAL_S
             if now >= next_look:
                 self._look_at_memory()
-                next_look = now + _MEMORY_INTERVAL_S
+                next_look = now + max(_MEMORY_INTERVAL_S, (time.monotonic() - now) / _MEMORY_SHARE)
             cell = self._cell
             if cell is not None and now >= self._next_beat:
                 self._next_beat += self.heartbeat_s
