@@ -36,6 +36,20 @@ def wrapped(X, OUT, N: tl.constexpr):
     tl.store(OUT + at, x * x + 7 - x)
 
 @triton.jit
+def scalars(X, OUT, count, stride):
+    row = tl.program_id(0)
+    at = row * stride + count % stride - count // stride
+    x, y = tl.load(X + at), tl.load(X + (at.to(tl.int64) + count) % 7)
+    tl.store(OUT + row * 4, x * x - y)
+    tl.store(OUT + row * 4 + 1, x / y)
+    tl.store(OUT + (row * 4 + 2), (x < y) & (row == at))
+    tl.store(OUT + 3 + row * 4, (at.to(tl.uint8) + at.to(tl.uint8)) % 7)
+
+@triton.jit
+def offset_by(X, OFFSET):
+    tl.store(X + OFFSET, tl.load(X))
+
+@triton.jit
 def address(BASE, row, column, WIDTH: tl.constexpr):
     return BASE + row[:, None] * WIDTH + column[None, :]
 
@@ -62,13 +76,22 @@ def attention(Q, K, V, LENGTHS, OUT, N: tl.constexpr, STEP: tl.constexpr, D: tl.
     tl.store(address(OUT + tl.program_id(0) * N * D, rows, columns, D), (out / total[:, None]).to(OUT.dtype.element_ty))
 ''')
 sys.path.insert(0, "")
-from kernels import attention, wrapped
+from kernels import attention, offset_by, scalars, wrapped
 from triton.runtime.interpreter import interpreter_builder
 x = torch.tensor([0, 3, -5, 2**31 - 1, -2**31, 46341, 65536, -46341], dtype=torch.int32)
 integers = torch.empty_like(x)
 wrapped[(1,)](x, integers, 8)
 found = [interpreter_builder.options.sanitize_overflow, type(tl.arange).__name__, integers.tolist()]
 generator = torch.Generator().manual_seed(0)
+for dtype in (torch.float16, torch.float32, torch.int16):
+    out = torch.zeros(12, dtype=dtype)
+    scalars[(3,)](torch.arange(1, 9).to(dtype), out, 5, 3)
+    found.append(out.tolist())
+for wrong in (0.5, x):
+    try:
+        offset_by[(1,)](x, wrong)
+    except Exception as error:
+        found.append(repr(error))
 for dtype, steps in ((torch.float32, 16), (torch.float16, 16), (torch.float16, 32)):
     q, k, v = (torch.randn(n, 32, generator=generator).to(dtype) for n in (16, 64, 64))
     out = torch.empty(2, 16, 32, dtype=dtype)
@@ -326,6 +349,7 @@ def test_the_interpreter_computes_the_same_without_what_it_throws_away(run_pytho
     assert ours[1:] == theirs[1:]
     assert ours[2][:3] == [7, 13, 37]
     assert [one for one in ours[3:] if one is True] == [True] * 6
+    assert [type(one) for one in ours[3:8]] == [list] * 3 + [str] * 2
 
 
 def test_the_interpreter_works_out_a_shape_once(run_python):

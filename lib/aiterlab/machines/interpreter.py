@@ -29,6 +29,7 @@ def _leave_out(interpreter: ModuleType) -> None:
             setattr(interpreter, name, lean(interpreter))
     _share_shapes()
     _share_types()
+    _let_equals_pass()
 
 
 def _leave_overflow_unchecked(interpreter: ModuleType) -> None:
@@ -104,3 +105,23 @@ def _share_types() -> None:
         vars(self).update(known[key])
 
     core.block_type.__init__ = __init__
+
+
+def _let_equals_pass() -> None:
+    """Let operands of one type pass, and offsets beside pointers: checked and cast, they stay as they are."""
+    from triton.language.core import tensor
+    from triton.language.semantic import TritonSemantic
+
+    check = TritonSemantic.binary_op_type_checking_impl
+
+    def let_pass(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+        if type(lhs) is tensor and type(rhs) is tensor:
+            one, other = lhs.type, rhs.type
+            if one is other and not div_or_mod and not lhs.dtype.is_ptr():
+                return lhs, rhs
+            if allow_lhs_ptr and one.is_ptr() and other.is_int():  # neither is a block: what a block is, it says itself
+                return lhs, rhs
+        return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    if list(inspect.signature(let_pass).parameters) == list(inspect.signature(check).parameters):  # of this Triton
+        TritonSemantic.binary_op_type_checking_impl = let_pass
