@@ -57,15 +57,24 @@ def _known_by_name(interpreter: ModuleType) -> Callable:
 def _listed_once(interpreter: ModuleType) -> Callable:
     """Put the interpreter's functions in the place of Triton's: before each call, its own looks through all members."""
     from triton.language.core import is_builtin
+    from triton.language.semantic import TritonSemantic
 
     builtins: dict[object, list[str]] = {}
 
     def patch(owner, builder, scope) -> None:
         if owner not in builtins:
             builtins[owner] = [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
+        semantic = TritonSemantic(builder)
         for name in builtins[owner]:
             if is_builtin(member := getattr(owner, name)):  # within another call it has been replaced already
-                interpreter._patch_attr(owner, name, member, builder, scope)
+                scope.set_attr(owner, name, meaning(member, semantic))
+
+    def meaning(member: Callable, semantic) -> Callable:
+        def call(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return member(*args, **kwargs)
+
+        return call
 
     return patch
 
