@@ -7,6 +7,7 @@ with nothing preloaded, which leaves its answer in FILE.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -163,6 +164,7 @@ def keep(facts: dict, began_with: dict, file: str) -> None:
 
 def main() -> None:
     began_with = state() | {"answered": answered()}
+    gc.disable()  # as in the pool: what is imported stays
     request = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     keep(answer(request), began_with, sys.argv[1])

@@ -114,7 +114,7 @@ class AuditBackendSelection(NotebookParameters):
     )
     looked_at: str = Field("", description="the tree that is shown cell by cell, empty for the last")
     compared: list[str] = Field([], description="two trees whose answers are compared, empty for the last two")
-    cold_share: Share = Field(0.01, description="of the cells, 0 to 1, asked again in a new interpreter each")
+    cold_share: Share = Field(0.005, description="of the cells, 0 to 1, asked again in a new interpreter each")
     seed: Seed = Field(0, description="chooses the cells that are asked again")
     workers: Count = Field(0, description="processes at a time, 0 for one per core")
 
