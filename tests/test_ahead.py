@@ -216,3 +216,48 @@ def test_compiled_files_are_taken_from_where_an_installer_put_them(tmp_path, mon
         "module_of_tree",
     }
     assert not (files["new"].parent / "__pycache__").exists()
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Contents that were compiled anew since, in a process that keeps what it compiles; a folder with its code."""
+    anew, compile_anew = [], SourceFileLoader.source_to_code
+
+    def noting(loader, data, path, **options):
+        anew.append(bytes(data).decode())
+        return compile_anew(loader, data, path, **options)
+
+    monkeypatch.setattr(SourceFileLoader, "source_to_code", noting)
+    ahead.compile_once(tmp_path / "compiled")
+    return anew
+
+
+def code_of(file: Path, text: str):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    return SourceFileLoader("some", str(file)).source_to_code(text.encode(), str(file))
+
+
+def test_what_several_trees_have_in_common_is_compiled_once(compiled, tmp_path):
+    text = "def where():\n    return __file__\n"
+    one, other = (code_of(tmp_path / tree / "module.py", text) for tree in ("one", "other"))
+    assert compiled == [text]
+    assert one.co_code == other.co_code
+    for code, tree in ((one, "one"), (other, "other")):  # tracebacks and `inspect` name the file that was imported
+        inner = next(part for part in code.co_consts if hasattr(part, "co_filename"))
+        assert code.co_filename == inner.co_filename == str(tmp_path / tree / "module.py")
+    code_of(tmp_path / "third" / "module.py", text + "MORE = 1\n")
+    assert compiled == [text, text + "MORE = 1\n"]
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"none of it", b"\0" * 40, "cut"])
+def test_a_spoilt_compiled_file_is_made_anew(compiled, tmp_path, spoilt):
+    text = "NAME = 'value'\n"
+    code_of(tmp_path / "one" / "module.py", text)
+    (kept,) = (tmp_path / "compiled").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-9] if spoilt == "cut" else spoilt)
+    for _ in range(2):
+        scope: dict = {}
+        exec(code_of(tmp_path / "other" / "module.py", text), scope)
+        assert scope["NAME"] == "value"
+    assert compiled == [text, text]

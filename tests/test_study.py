@@ -161,12 +161,6 @@ def test_a_workload_is_asked_in_every_dtype_under_its_name():
     assert [(w.name, w.dtype) for w in asked] == [("decode_1x9", "float16"), ("decode_1x9", "bfloat16")]
 
 
-def test_what_runs_meanwhile_is_waited_for_and_its_error_is_raised():
-    assert study.meanwhile(sum, [1, 2]).result() == 3
-    with pytest.raises(ZeroDivisionError):
-        study.meanwhile(divmod, 1, 0).result()
-
-
 # tables
 
 

@@ -13,7 +13,6 @@ import hashlib
 import importlib.abc
 import importlib.util
 import inspect
-import marshal
 import os
 import pkgutil
 import sys
@@ -27,6 +26,7 @@ from types import CodeType, FrameType, ModuleType
 import jinja2
 
 _FOLDER = ("jit", "utils")  # of AITER, from where it imports `hipify` as a top-level package
+_HEADER = 16  # bytes of a .pyc before its code
 _HELD = "held"  # a name for modules that nobody imports
 _code: dict[str, CodeType] = {}  # file -> what it is compiled to
 _read_code = SourceFileLoader.get_code
@@ -90,13 +90,16 @@ def compile_once(folder: Path) -> None:
     def source_to_code(loader, data, path, **options) -> CodeType:
         if not isinstance(data, bytes) or options:
             return compile_anew(loader, data, path, **options)
-        kept = folder / f"{hashlib.sha256(data).hexdigest()}.{sys.implementation.cache_tag}-{sys.flags.optimize}"
-        with contextlib.suppress(OSError, EOFError, ValueError, TypeError, ImportError):
-            return _bootstrap_external._compile_bytecode(kept.read_bytes(), source_path=os.fspath(path))
+        tag = f"{sys.implementation.cache_tag}.opt-{sys.flags.optimize}"
+        kept = folder / f"{hashlib.sha256(data).hexdigest()}.{tag}.pyc"
+        with contextlib.suppress(OSError, EOFError, ImportError, TypeError, ValueError):
+            compiled = kept.read_bytes()
+            _bootstrap_external._classify_pyc(compiled, str(kept), {})
+            return _bootstrap_external._compile_bytecode(compiled[_HEADER:], source_path=os.fspath(path))
         code = compile_anew(loader, data, path)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            _bootstrap_external._write_atomic(os.fspath(kept), marshal.dumps(code))
+            _bootstrap_external._write_atomic(os.fspath(kept), _bootstrap_external._code_to_timestamp_pyc(code))
         return code
 
     SourceFileLoader.source_to_code = source_to_code

@@ -54,7 +54,8 @@ def preload(*, shared: bool) -> bool:
     Args:
         shared: several notebooks will run, so what only some of them import is worth importing too.
     """
-    if sys.platform != "linux" or gpus.visible():
+    # Whoever has computed here has left threads that Python does not count, and a fork's own would wait for them.
+    if sys.platform != "linux" or gpus.visible() or len(os.listdir("/proc/self/task")) > 1:
         return False
     before = os.environ.get("MPLBACKEND")
     os.environ.setdefault("MPLBACKEND", _INLINE)
