@@ -463,6 +463,16 @@ def test_what_asks_for_a_part_of_the_machine_is_not_imported_before_there_is_one
     assert {*names} & set(ended.stdout.split()) == {"harmless"}
 
 
+def test_what_cells_have_in_common_is_here_and_asks_for_no_part_of_a_machine():
+    code = (
+        "import sys; from aiterlab.probes import preload; spoilt_by = preload.import_all(preload.MODULES)\n"
+        "print(spoilt_by, [name for name in preload.MODULES if name not in sys.modules], len(sys.modules) > 4000)"
+    )
+    environment = os.environ | pool._SERVER_ENVIRONMENT | pool._SIMULATION
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "None [] True"
+
+
 def test_when_an_answer_was_given_is_part_of_its_row(cell):
     first, again = (ask([cell("answers")], timeout_s=20)[0] for _ in range(2))
     assert (first["reused"], again["reused"]) == (False, True)
