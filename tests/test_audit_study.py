@@ -7,7 +7,7 @@ import shlex
 import pytest
 from audit_rows import crashed, imported, picked, refused, row, unanswered
 
-from aiterlab import records, trees
+from aiterlab import paths, records, trees
 from aiterlab.audit import compact, detector, shown, statements, study
 from aiterlab.probes.layer import Layer
 from aiterlab.trees import TreeError, releases
@@ -202,12 +202,30 @@ def forward(q):
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path / "cache"))
     file = tmp_path / "vllm" / "v1" / "attention" / "backends" / "rocm_aiter_fa.py"
     file.parent.mkdir(parents=True)
     file.write_text(SOURCE)
     (tmp_path / "vllm" / "__init__.py").touch()
     return tmp_path / "vllm"
+
+
+def test_the_detector_reads_the_same_files_once(source, tmp_path, monkeypatch):
+    tree = trees.Tree("one", folder=source.parent, source=source, fingerprint="f", origin="")
+    (first,) = detector.scan([tree], workers=1)
+    (kept,) = (tmp_path / "cache" / "scans").rglob("*.json")
+    (source / "v1" / "attention" / "backends" / "rocm_aiter_fa.py").write_text("")
+    assert detector.scan([tree], workers=1) == [first], "a tree is its fingerprint"
+    kept.write_text(kept.read_text()[:40])
+    (again,) = detector.scan([tree], workers=1)
+    assert (first.files, len(first.found), again.found) == (again.files, 1, ()), "what is cut off is read anew"
+    (source / "stub.pyi").write_text("")
+    (other,) = detector.scan([tree], workers=1)
+    assert other.files == again.files + 1
+    kept.unlink()
+    monkeypatch.setattr(detector.sys, "version", "another parser")
+    assert detector.scan([tree], workers=1)[0].found == ()
 
 
 def test_the_detector_reads_equal_trees_once_and_the_probes_stand_beside_it(source):

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from aiterlab import paths, records
 from aiterlab import scan as scanner
 from aiterlab.audit import reading, wording
 from aiterlab.audit.judgement import Judgement
@@ -58,26 +62,54 @@ class Scanned:
 
 
 def scan(trees: Sequence[Tree], workers: int) -> list[Scanned]:
-    """Read every tree once; trees of equal files (a hotfix is laid over them as they run) are read together."""
+    """Read every tree once; trees of equal files (a hotfix is laid over them as they run) are read together.
+
+    What was found is kept as soon as it is there: the same files are not read again by the same detector.
+    """
     same: dict[str, list[Tree]] = {}
     for tree in trees:
         same.setdefault(tree.fingerprint, []).append(tree)
-    # Forked from a notebook's kernel, a process would inherit its threads.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:
-        read = processes.map(_read, [group[0].source for group in same.values()])
-        return [
-            Scanned(tuple(tree.name for tree in group), *report)
-            for group, report in zip(same.values(), read, strict=True)
-        ]
+    folder = paths.cache_dir() / "scans" / _detector()
+    kept = {fingerprint: folder / _file(group[0]) for fingerprint, group in same.items()}
+    unread = [(kept[one], group[0].source) for one, group in same.items() if _kept(kept[one]) is None]
+    if unread:
+        # Forked from a notebook's kernel, a process would inherit its threads.
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:
+            list(processes.map(_read, *zip(*unread, strict=True)))
+    return [Scanned(tuple(tree.name for tree in group), **_kept(kept[one])) for one, group in same.items()]
 
 
-def _read(package: Path) -> tuple[int, float, tuple[Found, ...]]:
+def _detector() -> str:
+    """A digest of all that a finding depends on besides the files: the detector's source and the parser."""
+    digest = hashlib.sha256(sys.version.encode())
+    for source in sorted(Path(scanner.__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _file(tree: Tree) -> str:
+    digest = hashlib.sha256(tree.fingerprint.encode())
+    for stub in sorted(tree.source.rglob("*.pyi")):  # read by the detector, and no part of what a tree runs
+        digest.update(f"{stub.relative_to(tree.source)}\0".encode() + stub.read_bytes())
+    return f"{digest.hexdigest()}.json"
+
+
+def _kept(file: Path) -> dict | None:
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return read | {"found": tuple(Found(**one) for one in read["found"])}
+
+
+def _read(file: Path, package: Path) -> None:
     report, root = scanner.scan([package]), package.resolve().parent
-    found = tuple(
+    found = [
         Found(one.rule, one.severity, one.path.relative_to(root).as_posix(), one.line, one.message, one.mend)
         for one in report.findings
-    )
-    return report.files, report.seconds, found
+    ]
+    told = {"files": report.files, "seconds": report.seconds, "found": [asdict(one) for one in found]}
+    records.atomic_write_text(file, json.dumps(told))
 
 
 def counts(scanned: Sequence[Scanned]) -> pd.DataFrame:
