@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiterlab.spec_decode import metrics, parallel, processes, repairs
+from aiterlab.spec_decode import metrics, processes, repairs
 from aiterlab.spec_decode.engine import (
     JOB_TIMEOUT_S,
     START_TIMEOUT_S,
@@ -262,8 +262,6 @@ def run(channel: socket.socket, lines, first: dict) -> None:
     import vllm
     from vllm.entrypoints.cli.main import main
 
-    if not processes.has_gpu():
-        parallel.fork_children()
     known = importlib.metadata.version
     # The command asks for the version of a distribution called vllm; the CPU build is called otherwise.
     importlib.metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
