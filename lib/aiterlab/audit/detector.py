@@ -71,18 +71,19 @@ def scan(trees: Sequence[Tree], workers: int) -> list[Scanned]:
         same.setdefault(tree.fingerprint, []).append(tree)
     folder = paths.cache_dir() / "scans" / _detector()
     kept = {fingerprint: folder / _file(group[0]) for fingerprint, group in same.items()}
-    unread = [(kept[one], group[0].source) for one, group in same.items() if _kept(kept[one]) is None]
-    if unread:
+    found = {fingerprint: _kept(file) for fingerprint, file in kept.items()}
+    if unread := [one for one, read in found.items() if read is None]:
         # Forked from a notebook's kernel, a process would inherit its threads.
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:
-            list(processes.map(_read, *zip(*unread, strict=True)))
-    return [Scanned(tuple(tree.name for tree in group), **_kept(kept[one])) for one, group in same.items()]
+            list(processes.map(_read, [kept[one] for one in unread], [same[one][0].source for one in unread]))
+        found |= {one: _kept(kept[one]) for one in unread}
+    return [Scanned(tuple(tree.name for tree in group), **found[one]) for one, group in same.items()]
 
 
 def _detector() -> str:
-    """A digest of all that a finding depends on besides the files: the detector's source and the parser."""
+    """A digest of all that a kept finding depends on besides the files: the detector, how it is kept, the parser."""
     digest = hashlib.sha256(sys.version.encode())
-    for source in sorted(Path(scanner.__file__).parent.glob("*.py")):
+    for source in (Path(__file__), *sorted(Path(scanner.__file__).parent.glob("*.py"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
