@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aiterlab import garbage
 from aiterlab.scan import claims, signatures, suppressions, unbound
 from aiterlab.scan.findings import Finding
 from aiterlab.scan.preference import Preferences
@@ -41,7 +40,7 @@ def scan(
     preferences = Preferences(project)
     files = dict.fromkeys(file.resolve() for path in paths for file in python_files(path))
     sources = [project.source(file) for file in files]
-    with _no_collection():
+    with garbage.uncollected():  # millions of syntax nodes and no cycles worth finding: looking doubles the time
         for done, source in enumerate(sources):
             _one(source, project, preferences, sources, report)
             if progress is not None:
@@ -69,15 +68,3 @@ def _one(source: Source, project: Project, preferences: Preferences, sources: li
         source.forget()
     report.findings += standing
     report.accepted += accepted
-
-
-@contextmanager
-def _no_collection():
-    """Millions of syntax nodes and no cycles among them worth finding: collecting garbage doubles the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

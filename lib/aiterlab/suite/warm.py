@@ -23,7 +23,7 @@ from typing import Any
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
-from aiterlab import children
+from aiterlab import children, garbage
 from aiterlab.suite import gpus
 
 # What the runner needs to run a notebook and what a notebook imports before its first own question. Not pyplot: it
@@ -59,11 +59,10 @@ def preload(*, shared: bool) -> bool:
         return False
     before = os.environ.get("MPLBACKEND")
     os.environ.setdefault("MPLBACKEND", _INLINE)
-    gc.disable()  # what is imported stays, so looking for garbage in it is lost time
-    for name in MODULES + (SHARED if shared else ()):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    gc.enable()
+    with garbage.uncollected():
+        for name in MODULES + (SHARED if shared else ()):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     if before is None:
         del os.environ["MPLBACKEND"]
     if threading.active_count() > 1 or not sys.modules.keys().isdisjoint(OBSERVED):
