@@ -191,10 +191,7 @@ def _tuples(outputs: list[dict]) -> list[dict]:
 
 
 def prepare() -> None:
-    """Keep ranks on loopback; on a CPU, fork them from this process instead of starting each from nothing.
-
-    Forking is vLLM's default, but its CPU platform asks for new interpreters, each of which imports all of vLLM again.
-    """
+    """Keep ranks on loopback; on a CPU, fork them."""
     for name, value in _LOOPBACK.items():
         os.environ.setdefault(name, value)
     from vllm.distributed import utils
@@ -208,8 +205,15 @@ def prepare() -> None:
         return create(host, port, listen_socket, **options)
 
     utils.create_tcp_store = create_on_host
-    if processes.has_gpu():
-        return
+    if not processes.has_gpu():
+        fork_children()
+
+
+def fork_children() -> None:
+    """On a CPU, have vLLM fork its processes from this one instead of starting each from nothing.
+
+    Forking is vLLM's default, but its CPU platform asks for new interpreters, each of which imports all of vLLM again.
+    """
     from vllm.platforms.cpu import CpuPlatform
 
     update = CpuPlatform.check_and_update_config
