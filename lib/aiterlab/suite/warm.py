@@ -49,7 +49,8 @@ _INLINE = "module://matplotlib_inline.backend_inline"  # what ipykernel sets; ma
 def preload(*, shared: bool) -> bool:
     """Import what kernels start with, and tell whether they can be forked from this process.
 
-    They cannot where there is a GPU, where this process has threads, or where it holds what an investigation observes.
+    They cannot where there is a GPU, where this process has threads, where it holds what an investigation observes, or
+    where a package is broken: the notebook that needs that one has to say so, not the runner.
 
     Args:
         shared: several notebooks will run, so what only some of them import is worth importing too.
@@ -59,13 +60,18 @@ def preload(*, shared: bool) -> bool:
         return False
     before = os.environ.get("MPLBACKEND")
     os.environ.setdefault("MPLBACKEND", _INLINE)
+    broken = False
     with garbage.uncollected():
         for name in MODULES + (SHARED if shared else ()):
-            with contextlib.suppress(ImportError):
+            try:
                 importlib.import_module(name)
+            except ModuleNotFoundError:
+                pass
+            except Exception:  # OSError and RuntimeError too: a torch whose libraries are not there
+                broken = True
     if before is None:
         del os.environ["MPLBACKEND"]
-    if threading.active_count() > 1 or not sys.modules.keys().isdisjoint(OBSERVED):
+    if broken or threading.active_count() > 1 or not sys.modules.keys().isdisjoint(OBSERVED):
         return False
     gc.collect()
     gc.freeze()  # children share these pages; a collection in a child would copy them
