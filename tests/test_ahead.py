@@ -138,6 +138,7 @@ def test_what_a_package_says_of_itself_is_read_once(monkeypatch):
     for name in ("entry_points", "metadata"):
         plain = getattr(importlib.metadata.PathDistribution, name)
         monkeypatch.setattr(importlib.metadata.PathDistribution, name, plain)  # put back afterwards
+    monkeypatch.setattr(importlib.metadata, "entry_points", importlib.metadata.entry_points)
     expected = set(importlib.metadata.entry_points(group="vllm.platform_plugins"))
     ahead._hold_metadata()
     files.clear()
@@ -145,6 +146,19 @@ def test_what_a_package_says_of_itself_is_read_once(monkeypatch):
     assert importlib.metadata.version("torch") == torch.__version__
     assert importlib.metadata.version("torch") == torch.__version__
     assert files == ["METADATA"]
+
+
+def test_entry_points_are_those_of_the_places_that_are_searched_now(monkeypatch, tmp_path):
+    plain = importlib.metadata.entry_points
+    remembered = ahead._remembering_places(plain)
+    assert set(remembered(group="vllm.platform_plugins")) == set(plain(group="vllm.platform_plugins"))
+    folder = tmp_path / "added-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: added\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[vllm.platform_plugins]\nadded = added:plugin\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {point.name for point in remembered(group="vllm.platform_plugins", name="added")} == {"added"}
+    assert set(remembered(group="vllm.platform_plugins")) == set(plain(group="vllm.platform_plugins"))
 
 
 @pytest.fixture
@@ -167,12 +181,25 @@ def code(file: Path):
 
 def test_the_code_of_what_was_imported_before_is_held(package):
     ahead.hold_code([package])
-    assert set(ahead._code) == {str(package / "imported.py")}
+    assert set(ahead._code[package]) == {str(package / "imported.py")}
     assert code(package / "imported.py") is code(package / "imported.py")
     for name in ("imported", "other"):
         scope: dict = {}
         exec(code(package / f"{name}.py"), scope)
         assert scope["NAME"] == name
+
+
+def test_what_is_imported_later_is_held_too_and_old_packages_are_let_go(package, tmp_path):
+    ahead.hold_code([package])
+    held = code(package / "imported.py")
+    py_compile.compile(package / "other.py")
+    others = [tmp_path / str(n) for n in range(ahead._PACKAGES_HELD)]
+    ahead.hold_code([*others[:-1], package])
+    assert code(package / "imported.py") is held
+    assert code(package / "other.py") is code(package / "other.py")
+    ahead.hold_code(others)
+    assert list(ahead._code) == others
+    assert code(package / "imported.py") is not held
 
 
 @pytest.mark.parametrize("text", [None, "this is no Python", "NAME = 'edited'"])
@@ -183,7 +210,7 @@ def test_a_file_that_changed_since_is_read_as_it_is(package, text):
         file.write_text(text)
     ahead.hold_code([package])
     if text is None or "no" in text:
-        assert ahead._code == {}
+        assert ahead._code == {package: {}}
         with pytest.raises(OSError if text is None else SyntaxError):
             code(file)
     else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.abc
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib import _bootstrap_external
 from importlib.machinery import PathFinder, SourceFileLoader
-from importlib.metadata import PackageNotFoundError, PathDistribution, entry_points, version
+from importlib.metadata import EntryPoints, PackageNotFoundError, PathDistribution, version
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 
@@ -28,7 +29,8 @@ import jinja2
 _FOLDER = ("jit", "utils")  # of AITER, from where it imports `hipify` as a top-level package
 _HEADER = 16  # bytes of a .pyc before its code
 _HELD = "held"  # a name for modules that nobody imports
-_code: dict[str, CodeType] = {}  # file -> what it is compiled to
+_code: dict[Path, dict[str, CodeType]] = {}  # package -> file -> what it is compiled to
+_PACKAGES_HELD = 3  # AITER, a tree, and the one that is asked while the last cells of that tree are
 _read_code = SourceFileLoader.get_code
 _find_module = inspect.getmodule
 _SOURCES = "aiter_meta"  # AITER's C++ code
@@ -109,22 +111,27 @@ def hold_code(packages: Iterable[Path]) -> None:
     """Read the compiled code of these packages' modules, of those that anybody has imported before.
 
     Executing it stays with the processes that import them. In a process whose compiled files are apart from the
-    packages, and no others with them.
+    packages, and no others with them. What has been read stays, but for packages that were not asked for lately.
     """
     SourceFileLoader.get_code = _held_code
     for package in packages:
+        code = _code[package] = _code.pop(package, {})
         folders = set()
         for compiled in Path(sys.pycache_prefix, *package.parts[1:]).rglob(f"*.{sys.implementation.cache_tag}.pyc"):
             file = importlib.util.source_from_cache(str(compiled))
+            if file in code:
+                continue
             with contextlib.suppress(OSError, SyntaxError):  # its module has gone from a checkout, or is being edited
-                _code[file] = _read_code(SourceFileLoader(_HELD, file), _HELD)
+                code[file] = _read_code(SourceFileLoader(_HELD, file), _HELD)
                 folders.add(str(Path(file).parent))
         for folder in folders:
             pkgutil.get_importer(folder).find_spec(_HELD)  # it lists the folder
+    for package in list(_code)[:-_PACKAGES_HELD]:
+        del _code[package]
 
 
 def _held_code(loader: SourceFileLoader, name: str) -> CodeType:
-    return _code.get(loader.path) or _read_code(loader, name)
+    return next((code[loader.path] for code in _code.values() if loader.path in code), None) or _read_code(loader, name)
 
 
 def _source(stacklevel: int) -> str:
@@ -177,7 +184,8 @@ def _hold_metadata() -> None:
     """Read once what installed packages say of themselves: vLLM asks for all entry points, and twice for a version."""
     for name in ("entry_points", "metadata"):
         setattr(PathDistribution, name, property(_remembering(getattr(PathDistribution, name).fget)))
-    entry_points()
+    importlib.metadata.entry_points = _remembering_places(importlib.metadata.entry_points)
+    importlib.metadata.entry_points()
     for name in _VERSIONS_ASKED:
         with contextlib.suppress(PackageNotFoundError):
             version(name)
@@ -193,6 +201,19 @@ def _remembering(read: Callable[[PathDistribution], object]) -> Callable[[PathDi
         return known[place]
 
     return remembered
+
+
+def _remembering_places(find: Callable[..., EntryPoints]) -> Callable[..., EntryPoints]:
+    """Entry points by where they are looked for; newer releases ask twice for each configuration."""
+    known: dict[tuple[str, ...], EntryPoints] = {}
+
+    def entry_points(**chosen: str) -> EntryPoints:
+        places = tuple(sys.path)
+        if places not in known:
+            known[places] = find()
+        return known[places].select(**chosen)
+
+    return entry_points
 
 
 def _hold_tables(folder: Path) -> None:

@@ -57,8 +57,7 @@ def take_place(request: dict) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [tree["folder"], os.environ.get("PYTHONPATH")]))
     os.environ["VLLM_CACHE_ROOT"] = str(paths.cache_dir() / "vllm" / tree["fingerprint"][:16])
     sys.path.insert(0, tree["folder"])
-    # Compiled files are shared by all cells of a tree and never written into a user's checkout.
-    sys.pycache_prefix, sys.dont_write_bytecode = str(paths.cache_dir() / "pycache"), False
+    sys.pycache_prefix, sys.dont_write_bytecode = compiled_files(), False
     ahead.compile_once(paths.cache_dir() / "compiled")
     ahead.share_compiled_files([Path(tree["folder"]), *ahead.folders_of("aiter")])
     if machine.simulated:
@@ -71,11 +70,9 @@ def take_place(request: dict) -> None:
         native.watch_compilation()
 
 
-def hold_code(request: dict) -> None:
-    """Have the code at hand that processes forked from this one will execute: the probes', the tree's and AITER's."""
-    from aiterlab.probes import questions  # noqa: F401
-
-    ahead.hold_code([Path(request["tree"]["folder"]) / "vllm", *ahead.folders_of("aiter")])
+def compiled_files() -> str:
+    """Where compiled files are: shared by all cells of a tree, and never in a user's checkout."""
+    return str(paths.cache_dir() / "pycache")
 
 
 def settle_aiter(request: dict) -> None:

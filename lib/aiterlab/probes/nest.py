@@ -64,7 +64,6 @@ def serve(unit: dict, report: Report) -> None:
 
 def _become_base(request: dict, preload: list[str], moved: list[str]) -> Reads:
     child.take_place(request | {"machine": request["machine"] | {"switches": {}}})
-    child.hold_code(request)
     reads = Reads(moved)
     if preload:
         child.set_switches(request, moved)

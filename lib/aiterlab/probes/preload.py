@@ -25,13 +25,16 @@ MODULES = (
     "torch._inductor.compile_fx", "torch._inductor.fx_passes.b2b_gemm", "torch._inductor.kernel.flex.common",
     "torch.ao.quantization.fx._decomposed", "torch.utils.cpp_extension", "torch.utils.mkldnn", "triton",
     "triton.experimental.gluon.language", "transformers.convert_slow_tokenizer",
-    "transformers.generation.continuous_batching.requests", "transformers.models.auto.modeling_auto",
+    "transformers.generation.continuous_batching.requests", "transformers.image_transforms",
+    "transformers.integrations.peft", "transformers.loss.loss_utils", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.models.siglip.configuration_siglip",
-    "transformers.quantizers.quantizers_utils", "aiohttp", "cachetools", "cbor2", "cpuinfo", "fsspec.caching", "gguf",
-    "grpc", "huggingface_hub.hf_file_system", "llguidance", "logging.config", "msgspec", "networkx", "openai",
-    "openai_harmony", "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry.sdk.metrics", "pandas",
-    "PIL.ImageOps", "prometheus_client", "pybase64", "scipy.optimize", "scipy.signal", "setuptools.command.build_ext",
-    "sklearn.metrics", "tvm_ffi.libinfo", "xgrammar", "xxhash", "zmq.asyncio",
+    "transformers.models.whisper.tokenization_whisper", "transformers.quantizers.quantizers_utils",
+    "transformers.video_utils", "aiohttp", "cachetools", "cbor2", "cpuinfo", "einops", "fsspec.caching", "gguf", "grpc",
+    "huggingface_hub.hf_file_system", "llguidance", "logging.config", "msgspec", "networkx", "openai", "openai_harmony",
+    "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "opentelemetry.propagate", "opentelemetry.sdk.metrics", "pandas", "PIL.ImageOps", "prometheus_client", "pybase64",
+    "scipy.optimize", "scipy.signal", "setuptools.command.build_ext", "sklearn.metrics", "tvm_ffi.libinfo", "xgrammar",
+    "xxhash", "zmq.asyncio",
 )  # fmt: skip
 
 

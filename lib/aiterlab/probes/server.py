@@ -16,8 +16,9 @@ import select
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
-from aiterlab.probes import ahead, forks, nest, pages, preload
+from aiterlab.probes import ahead, child, forks, nest, pages, preload
 
 _ENVIRONMENT = dict(os.environ)  # before anything that is imported could change it
 _TICK_S, _PAUSE_S = 0.05, 0.0005
@@ -79,6 +80,8 @@ class _Server:
         self.channel.write(json.dumps(message) + "\n")
 
     def _start(self, unit: dict) -> None:
+        if unit["kind"] != "cold":
+            _hold_code(unit)
         run = {"nest": nest.serve, "imports": nest.try_imports, "cold": _cold}[unit["kind"]]
 
         def report(event: dict) -> None:
@@ -121,6 +124,15 @@ class _Server:
             for processes in self.started.values():
                 self._kill(processes)
             time.sleep(0.01)
+
+
+def _hold_code(unit: dict) -> None:
+    """Have the code at hand that processes forked from this one will execute: the probes', the tree's and AITER's."""
+    from aiterlab.probes import questions  # noqa: F401
+
+    sys.pycache_prefix = child.compiled_files()
+    request = unit["groups"][0]["request"] if "groups" in unit else unit["request"]
+    ahead.hold_code([Path(request["tree"]["folder"]) / nest.TREE, *ahead.folders_of("aiter")])
 
 
 def _cold(unit: dict, report) -> None:
