@@ -4,6 +4,7 @@
 import importlib
 import importlib.metadata
 import inspect
+import logging.config
 import py_compile
 import sys
 from importlib import _bootstrap_external
@@ -110,6 +111,33 @@ def test_a_template_of_aiter_is_compiled_once_and_to_the_same(tmp_path, monkeypa
         jinja2.Template(text + " ").render(given)
     with pytest.raises(TypeError):  # another language, though the same text
         jinja2.Template(text, block_start_string="<%").render(given)
+
+
+def test_the_kernels_of_an_operator_are_looked_for_when_they_are_asked_for():
+    looked = []
+    kernels = ahead._Kernels(lambda operator: looked.append(operator) or ["first", "second"], "operator")
+    assert looked == []
+    assert [*kernels] == ["first", "second"]
+    assert (len(kernels), kernels[1], looked) == (2, "second", ["operator"])
+
+
+def test_a_configuration_of_loggers_empties_their_caches_once_and_leaves_them_as_plainly(monkeypatch):
+    plain, empty, emptied = logging.config._handle_existing_loggers, logging.Manager._clear_cache, []
+    monkeypatch.setattr(logging.Manager, "_clear_cache", lambda manager: emptied.append(1) or empty(manager))
+    names = [f"aiterlab_test.{name}" for name in ("one", "two")]
+    counted = []
+    for handle in (plain, ahead._emptying_caches_once(plain)):
+        for name in names:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+            assert not logging.getLogger(name).isEnabledFor(logging.ERROR)  # and remembers that
+        emptied.clear()
+        handle(names, names, False)
+        counted.append(len(emptied))
+        assert [logging.getLogger(name).isEnabledFor(logging.ERROR) for name in names] == [True, True]
+    assert counted == [2, 1]
+    with pytest.raises(KeyError):
+        ahead._emptying_caches_once(plain)(["no logger"], [], False)
+    assert "_clear_cache" not in vars(logging.root.manager)
 
 
 def test_torch_looks_for_the_effects_of_an_operator_when_they_are_asked_for(monkeypatch):

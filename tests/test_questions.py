@@ -123,31 +123,42 @@ class Seen:
 
 def test_an_inspection_in_a_fork_brings_back_the_answer_and_leaves_nothing_behind():
     state = []
-    assert inspection._in_a_fork(Seen, lambda: Seen([state.append(1)], len(state))) == Seen([None], 1)
+    assert inspection._in_a_fork(lambda: Seen([state.append(1)], len(state))) == asdict(Seen([None], 1))
     assert state == []
 
 
-def test_looking_and_keeping_what_was_seen_happen_in_one_fork(monkeypatch, tmp_path):
+def test_a_class_is_looked_at_once_in_a_fork_and_the_tree_keeps_nothing_itself(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    kept = tmp_path / "seen.json"
-    here = []
+    looks = tmp_path / "looks"
 
     class Model:
-        def inspect_model_cls(self):  # as vLLM's: from the disk, or from another process and then to the disk
-            if kept.exists():
-                return Seen(**json.loads(kept.read_text()))
-            seen = registry._run_in_subprocess(lambda: Seen([os.getpid()], 1))
-            here.append("kept")
-            kept.write_text(json.dumps(asdict(seen)))
+        module_name = "vllm.model_executor.models.llama"
+
+        def __init__(self, class_name: str) -> None:
+            self.class_name = class_name
+
+        def inspect_model_cls(self):  # as vLLM's: what another process says, and then to the disk
+            seen = registry._run_in_subprocess(lambda: Seen([self.class_name, os.getpid()], 1))
+            with looks.open("a") as file:
+                file.write(f"{self.class_name}\n")
+            self._save_modelinfo_to_cache(seen, "hash")
             return seen
+
+        def _save_modelinfo_to_cache(self, seen, module_hash) -> None:
+            raise AssertionError("imports the model loader")
 
     registry = SimpleNamespace(_ModelInfo=Seen, _LazyRegisteredModel=Model)
     inspection._replace(registry)
-    first, second = Model().inspect_model_cls(), Model().inspect_model_cls()
-    assert first == second != Seen([os.getpid()], 1)
-    assert kept.exists() and not here, "nothing of it ran in this process"
+    names = ("LlamaForCausalLM", "EagleLlamaForCausalLM")
+    first = [Model(name).inspect_model_cls() for name in names]
+    assert [seen.noted[0] for seen in first] == [*names]
+    assert all(seen.noted[1] != os.getpid() for seen in first)
+    assert [Model(name).inspect_model_cls() for name in names] == first
+    assert looks.read_text().split() == [*names]
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "another machine"))
+    assert Model(names[0]).inspect_model_cls() != first[0]
 
 
 def test_an_inspection_that_fails_says_why():
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        inspection._in_a_fork(Seen, lambda: 1 / 0)
+        inspection._in_a_fork(lambda: 1 / 0)

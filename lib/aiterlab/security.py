@@ -86,7 +86,7 @@ def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 def scrub_tree(value: Any) -> Any:
     """Return `value`, a JSON-like tree, with `scrub` applied to every string in it, keys included."""
-    return _scrub_tree(value, _rules(None).scrub)
+    return _scrub_tree(value, cache(_rules(None).scrub))  # names and values repeat, in rows most of all
 
 
 def scan_text(text: str, file: str = "", environment: Mapping[str, str] | None = None) -> list[Leak]:

@@ -9,6 +9,7 @@ switch that nothing reads any more counts as one of attention's too: it may have
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,8 +22,11 @@ from aiterlab.policy import MAIN_SWITCH
 from aiterlab.trees import Tree
 
 _NAME = re.compile(r"\bVLLM_\w+")
+_CALL = re.compile(r"\brocm_aiter_ops\.(\w+)|\b(is_\w*aiter\w*)")
+_READING = re.compile(r"envs\.|environ|getenv|is_set")
 _OPERATORS = "_aiter_ops.py"
 _ATTENTION = ("attention/", "v1/attention/", "model_executor/layers/attention/", "model_executor/layers/mla.py")
+_known: dict[bytes, tuple[frozenset[str], frozenset[str]]] = {}  # digest of a file -> what it speaks of
 
 
 @dataclass(frozen=True)
@@ -86,26 +90,30 @@ def _annotations(tree: ast.Module) -> dict[str, tuple[str, str]]:
 def _readers(package: Path, names: set[str], through: dict[str, set[str]]) -> dict[str, set[str]]:
     """Name -> files that read it; a file that calls a function of the operator module reads what that one reads."""
     readers: dict[str, set[str]] = defaultdict(set)
-    calls = re.compile(r"\brocm_aiter_ops\.(\w+)|\b(is_\w*aiter\w*)")
     for path in package.rglob("*.py"):
         file = path.relative_to(package).as_posix()
         if file in ("envs.py", _OPERATORS):
             continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if "VLLM_" in text:
-            for name in names & set(_NAME.findall(_code_only(text))):
-                readers[name].add(file)
-        if "aiter" in text:
-            for method, function in set(calls.findall(text)):
-                for name in through.get(method or function, ()):
-                    readers[name].add(file)
+        read, called = _spoken_of(path.read_bytes())
+        for name in (names & read).union(*(through.get(function, ()) for function in called)):
+            readers[name].add(file)
     return readers
+
+
+def _spoken_of(source: bytes) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of switches in code, and functions of the operator module; releases have half of their files in common."""
+    key = hashlib.sha256(source).digest()
+    if key not in _known:
+        text = source.decode("utf-8", errors="replace")
+        read = _NAME.findall(_code_only(text)) if "VLLM_" in text else ()
+        called = _CALL.findall(text) if "aiter" in text else ()
+        _known[key] = frozenset(read), frozenset(method or function for method, function in called)
+    return _known[key]
 
 
 def _code_only(text: str) -> str:
     """Without comments and without the lines of docstrings that only mention a name."""
-    reading = re.compile(r"envs\.|environ|getenv|is_set")
-    return "\n".join(line.partition("#")[0] for line in text.splitlines() if reading.search(line))
+    return "\n".join(line.partition("#")[0] for line in text.splitlines() if _READING.search(line))
 
 
 def _functions_of_operators(package: Path) -> dict[str, set[str]]:

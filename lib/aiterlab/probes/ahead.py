@@ -14,10 +14,12 @@ import importlib.abc
 import importlib.metadata
 import importlib.util
 import inspect
+import logging.config
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from importlib import _bootstrap_external
 from importlib.machinery import PathFinder, SourceFileLoader
 from importlib.metadata import EntryPoints, PackageNotFoundError, PathDistribution, version
@@ -46,6 +48,9 @@ def prepare() -> None:
         library.get_source = _source
     if effects := sys.modules.get("torch._library.effects"):
         _look_for_effects_when_asked(effects.EffectHolder)
+    if kernels := sys.modules.get("torch._library.triton"):
+        kernels.get_inner_triton_kernels = partial(_Kernels, kernels.get_inner_triton_kernels)
+    logging.config._handle_existing_loggers = _emptying_caches_once(logging.config._handle_existing_loggers)
     _hold_metadata()
     for folder in folders_of("aiter"):
         _hold_tables(folder.joinpath(*_FOLDER))
@@ -164,6 +169,38 @@ def _look_for_effects_when_asked(holder: type) -> None:
         return self._effect
 
     holder.__init__, holder.__getattr__ = __init__, __getattr__
+
+
+class _Kernels(Sequence):
+    """The Triton kernels of an operator, looked for in its source when torch's compiler asks for them."""
+
+    def __init__(self, find: Callable[[Callable], list], operator: Callable) -> None:
+        self._find, self._operator = find, operator
+
+    @cached_property
+    def _found(self) -> list:
+        return self._find(self._operator)
+
+    def __getitem__(self, index):
+        return self._found[index]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _emptying_caches_once(handle: Callable[..., None]) -> Callable[..., None]:
+    """Each level that is set empties the caches of all loggers, and a configuration sets one for each of vLLM's."""
+
+    def handle_existing(*loggers) -> None:
+        manager = logging.root.manager
+        manager._clear_cache = lambda: None
+        try:
+            handle(*loggers)
+        finally:
+            del manager._clear_cache
+            manager._clear_cache()
+
+    return handle_existing
 
 
 def _hold_templates(package: Path) -> None:

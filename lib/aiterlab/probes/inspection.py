@@ -3,8 +3,7 @@
 
 It starts one so that looking does not initialise a GPU, and keeps the answer on disk. A new interpreter takes it 10 to
 30 s for every model of every new tree; a fork of a process that has imported vLLM takes about one. The code that looks
-is the tree's own, and so is the code that keeps the answer. That runs in the fork too: it imports the tree's model
-loader, which would otherwise be there in the first process that asks and in none after it.
+is the tree's own. What it saw is kept here, not where the tree would: it imports its model loader for that alone.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from aiterlab import importing
+from aiterlab import importing, records
 
 REGISTRY = "vllm.model_executor.models.registry"
 
@@ -41,25 +40,31 @@ def _replace(registry: ModuleType) -> None:
 
     def look_here(model):
         registry._run_in_subprocess = lambda look: look()
+        type(model)._save_modelinfo_to_cache = lambda *asked: None
         return inspect(model)
 
     @functools.wraps(inspect)
     def one_at_a_time(model):
         folder = Path(os.environ["VLLM_CACHE_ROOT"])
         folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / f"{model.module_name}.{model.class_name}.json"
         with (folder / "inspection.lock").open("w") as lock:  # who waited finds the answer on disk
             fcntl.flock(lock, fcntl.LOCK_EX)
+            if kept.exists():
+                return registry._ModelInfo(**json.loads(kept.read_text()))
             try:
                 return inspect(model)
             except _Unseen:
-                return _in_a_fork(registry._ModelInfo, lambda: look_here(model))
+                seen = _in_a_fork(lambda: look_here(model))
+                records.atomic_write_text(kept, json.dumps(seen))
+                return registry._ModelInfo(**seen)
 
     registry._run_in_subprocess = not_here
     registry._LazyRegisteredModel.inspect_model_cls = one_at_a_time
 
 
-def _in_a_fork(kind: type, look: Callable[[], object]):
-    """What `look` returns, a dataclass of that kind, handed on as JSON: as vLLM's own cache keeps it."""
+def _in_a_fork(look: Callable[[], object]) -> dict:
+    """The fields of the dataclass that `look` returns, handed on as JSON: as vLLM's own cache keeps them."""
     reading, writing = os.pipe()
     if (pid := os.fork()) == 0:
         status = 1
@@ -80,4 +85,4 @@ def _in_a_fork(kind: type, look: Callable[[], object]):
     os.waitpid(pid, 0)
     if "failure" in answer:
         raise RuntimeError(f"Error raised in subprocess:\n{answer['failure']}")
-    return kind(**answer["fields"])
+    return answer["fields"]

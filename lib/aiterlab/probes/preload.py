@@ -29,12 +29,13 @@ MODULES = (
     "transformers.integrations.peft", "transformers.loss.loss_utils", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.models.siglip.configuration_siglip",
     "transformers.models.whisper.tokenization_whisper", "transformers.quantizers.quantizers_utils",
-    "transformers.video_utils", "aiohttp", "cachetools", "cbor2", "cpuinfo", "einops", "fsspec.caching", "gguf", "grpc",
-    "huggingface_hub.hf_file_system", "llguidance", "logging.config", "msgspec", "networkx", "openai", "openai_harmony",
-    "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry.exporter.otlp.proto.http.trace_exporter",
-    "opentelemetry.propagate", "opentelemetry.sdk.metrics", "pandas", "PIL.ImageOps", "prometheus_client", "pybase64",
-    "scipy.optimize", "scipy.signal", "setuptools.command.build_ext", "sklearn.metrics", "tvm_ffi.libinfo", "xgrammar",
-    "xxhash", "zmq.asyncio",
+    "transformers.video_utils", "aiohttp", "cachetools", "cbor2", "cpuinfo", "einops", "fastapi.requests",
+    "fsspec.caching", "gguf", "grpc", "huggingface_hub.hf_file_system", "llguidance", "logging.config", "msgspec",
+    "networkx", "openai", "openai_harmony", "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
+    "opentelemetry.exporter.otlp.proto.http.trace_exporter", "opentelemetry.propagate", "opentelemetry.sdk.metrics",
+    "pandas", "partial_json_parser", "PIL.ImageOps", "prometheus_client", "pybase64", "scipy.optimize", "scipy.signal",
+    "setuptools.command.build_ext", "sklearn.metrics", "sqlite3", "tvm_ffi.libinfo", "xgrammar", "xxhash",
+    "zmq.asyncio",
 )  # fmt: skip
 
 
