@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import pandas as pd
 import psutil
 import torch
 
+from aiterlab import children
 from aiterlab.spec_decode import lossless, metrics, processes, worker
 from aiterlab.spec_decode.engine import (
     SUITE_PAGED,
@@ -213,7 +215,9 @@ def fork_children() -> None:
     """On a CPU, have vLLM fork its processes from this one instead of starting each from nothing.
 
     Forking is vLLM's default, but its CPU platform asks for new interpreters, each of which imports all of vLLM again.
+    They end with this process: one that outlived it would hold its sockets, and whoever connects would wait for ever.
     """
+    os.register_at_fork(after_in_child=partial(children.end_with_parent, signal.SIGKILL))
     from vllm.platforms.cpu import CpuPlatform
 
     update = CpuPlatform.check_and_update_config
@@ -236,8 +240,6 @@ def addresses(llm: Any = None) -> list[str]:
 
 def serve(channel: socket.socket, lines: Iterator[bytes], first: dict[str, Any]) -> None:
     """Be the data parallel ranks that the first message asks for, for one job; never returns."""
-    # Ranks that outlive this process must not hold the socket: its end is how the other side learns of it.
-    os.register_at_fork(after_in_child=lambda: os.close(channel.detach()))
 
     def answer(number: int, **content) -> None:
         channel.sendall(json.dumps({"id": number} | content).encode() + b"\n")

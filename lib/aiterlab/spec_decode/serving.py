@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import signal
 import socket
 import sys
@@ -19,10 +18,8 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from aiterlab import children
 from aiterlab.spec_decode import metrics, parallel, processes, repairs
 from aiterlab.spec_decode.engine import (
     JOB_TIMEOUT_S,
@@ -267,8 +264,6 @@ def run(channel: socket.socket, lines, first: dict) -> None:
 
     if not processes.has_gpu():
         parallel.fork_children()
-        # A fork that outlived its server would hold the port, and whoever connects would wait for ever.
-        os.register_at_fork(after_in_child=partial(children.end_with_parent, signal.SIGKILL))
     known = importlib.metadata.version
     # The command asks for the version of a distribution called vllm; the CPU build is called otherwise.
     importlib.metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
