@@ -96,13 +96,15 @@ def world(monkeypatch, tmp_path):
             for name in dict.fromkeys(names)
         }
 
-    def ask(cells, *, workers=None, progress=None, fresh=False):
+    def ask(cells, *, workers=None, progress=None, fresh=False, root):
+        assert root == "started before the trees were read"
         asked.append({"cells": cells, "workers": workers, "fresh": fresh})
         progress(len(cells), len(cells), 1.0)
         print("a library speaks")
         return [answer(cell, behaviours[cell.tree.name]) for cell in cells]
 
     monkeypatch.setattr(cli, "get_all", get_all)
+    monkeypatch.setattr(pool, "started", lambda: contextlib.nullcontext("started before the trees were read"))
     monkeypatch.setattr(pool, "ask", ask)
     monkeypatch.setattr(cli.matrix, "default", matrix_of)
     monkeypatch.setattr(cli.matrix, "exhaustive", lambda tree: matrix_of(tree) * 2)

@@ -4,8 +4,10 @@
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -132,6 +134,17 @@ def test_a_kept_answer_needs_no_server(cell, monkeypatch):
     monkeypatch.setattr(answers, "context", lambda: "other code")
     with pytest.raises(TypeError):
         ask([cell("answers")])
+
+
+def test_a_root_may_be_started_before_it_is_known_what_to_ask(cell):
+    with pool.started() as root:
+        (row,) = ask([cell("answers")], timeout_s=20, root=root)
+    assert (row["no_answer_reason"], root.process.returncode) == (None, 0)
+    start = time.monotonic()
+    with pool.started() as root:
+        assert ask([cell("answers")], root=root)[0]["reused"] is True
+    assert root.process.returncode == -signal.SIGKILL, "nobody waits for imports that are not wanted"
+    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize(
@@ -269,9 +282,11 @@ def test_the_cells_of_a_group_share_a_beginning_and_nothing_else(cell, tmp_path)
     assert {told(row) for row in rows} == {"[1, False, 'unset', 'unset']"}
     assert len(importers(cells, "plain")) == 2, "one import for each group"
     assert {row["began_with"]["answered"] for row in rows} == {0}
-    states = [json.dumps(row["began_with"]) for row in rows]
-    assert len(set(states[:3])) == len(set(states[3:])) == 1
-    assert states[0] != states[3]
+    states = [row["began_with"] for row in rows]
+    for name, part in itertools.product(states[0], (states[:3], states[3:])):
+        assert len({state[name] for state in part if name in state}) <= 1, name
+    assert ["globals" in state for state in states] == [True, False, True] + [False] * 3, "the ends of one group"
+    assert states[0]["environment"] != states[3]["environment"]
 
 
 def test_what_reads_no_switch_is_imported_once_for_many_settings(cell, tmp_path):
@@ -357,6 +372,10 @@ SABOTAGE = {
     if log is not None and start is None and "group" in log:
         os.environ["STRAY"] = str(time.time())
 """,
+    "a base binds a name of the tree anew": """
+    if log is not None and start is None and "vllm.plain" in sys.modules:
+        sys.modules["vllm.plain"].stray = []
+""",
 }
 FAULTY_FORK = """
 plain = forks.fork
@@ -378,6 +397,7 @@ CAUGHT = {
     "the environment changes": "it did not begin with the environment",
     "a module is imported": "it did not begin with the modules",
     "a base changes between its groups": "it did not begin with the base",
+    "a base binds a name of the tree anew": "it did not begin with the base's globals",
 }
 
 
@@ -402,7 +422,7 @@ def sabotage(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", SABOTAGE)
 def test_a_pool_that_lets_state_leak_is_caught(cell, tmp_path, sabotage, fault):
     sabotage(FAULTY_FORK.format(SABOTAGE[fault]))
-    rows = ask(telling_cells(tmp_path), workers=1, timeout_s=20)
+    rows = ask(telling_cells(tmp_path, settings=12 if "binds" in fault else 2), workers=1, timeout_s=20)
     reasons = [row["no_answer_reason"] for row in rows]
     assert reasons[0] is None, "the first cell began in order"
     assert any(f"not isolated: {CAUGHT[fault]}" in (reason or "") for reason in reasons)

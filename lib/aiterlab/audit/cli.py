@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         return _refuse(str(error))
     if not names:
         return _refuse("name what to ask: --tree path:. or --releases all, for example")
-    with contextlib.redirect_stdout(sys.stderr):  # results alone go to standard output
+    with contextlib.redirect_stdout(sys.stderr), pool.started() as root:  # results alone go to standard output
         found = get_all(names)
         lacking = {name: str(tree) for name, tree in found.items() if isinstance(tree, TreeError)}
         trees = [tree for tree in found.values() if isinstance(tree, Tree)]
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
             cells = [cell for tree in trees for cell in _cells(tree, options)]
         except ValueError as error:
             return _refuse(str(error))
-        rows = pool.ask(cells, workers=options.workers, progress=Progress(), fresh=options.fresh)
+        rows = pool.ask(cells, workers=options.workers, progress=Progress(), fresh=options.fresh, root=root)
         differing = _compare(cells, rows, options)
     judgements = statements.judge_trees(rows, lacking, list(found))
     if narrow.narrowed(options):

@@ -12,7 +12,7 @@ import ast
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -123,7 +123,7 @@ def _functions_of_operators(package: Path) -> dict[str, set[str]]:
         return {}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     attributes = {
-        target.id: set(_reads(node.value))
+        target.id: _read_among(backends.mentions(node.value))
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign)
         for target in node.targets
@@ -132,8 +132,8 @@ def _functions_of_operators(package: Path) -> dict[str, set[str]]:
     direct, calls = {}, {}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            calls[node.name] = set(backends.mentions(node))
-            direct[node.name] = set(_reads(node)).union(*(attributes.get(name, ()) for name in calls[node.name]))
+            mentioned = calls[node.name] = set(backends.mentions(node))
+            direct[node.name] = _read_among(mentioned).union(*(attributes.get(name, ()) for name in mentioned))
     for _ in range(4):  # functions that call functions
         for name, called in calls.items():
             direct[name] = direct[name].union(*(direct.get(other, ()) for other in called))
@@ -145,12 +145,11 @@ def _deciding(package: Path, through: dict[str, set[str]]) -> set[str]:
     """The switches that the platform's choice of a backend reads."""
     found = set()
     for function in backends.functions_of_the_choice(package):
-        found |= set(_reads(function)).union(*(through.get(name, ()) for name in backends.mentions(function)))
+        mentioned = set(backends.mentions(function))
+        found |= _read_among(mentioned).union(*(through.get(name, ()) for name in mentioned))
     return found
 
 
-def _reads(node: ast.AST) -> Iterator[str]:
-    """Switches read in this piece of code: `envs.NAME`."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.Attribute) and part.attr.startswith("VLLM_"):
-            yield part.attr
+def _read_among(mentioned: Iterable[str]) -> set[str]:
+    """The switches among the names in a piece of code, as in `envs.NAME`."""
+    return {name for name in mentioned if name.startswith("VLLM_")}

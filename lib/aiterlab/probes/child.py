@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from aiterlab import paths, records
+from aiterlab import importing, paths, records
 from aiterlab.machines import Machine
 from aiterlab.machines.description import ENVIRONMENT_VARIABLE
 from aiterlab.probes import ahead, preload
@@ -162,6 +162,7 @@ def keep(facts: dict, began_with: dict, file: str) -> None:
 def main() -> None:
     began_with = state() | {"answered": answered()}
     gc.disable()  # as in the pool: what is imported stays
+    importing.skip_address_grammars()
     request = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     keep(answer(request), began_with, sys.argv[1])

@@ -63,7 +63,7 @@ def _missing(module: ModuleType) -> dict[str, list[tuple[int, str]]]:
     code = _code(module)
     if vars(module).keys() >= set(code.co_names):
         return {}
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_NAME"} - vars(module).keys()
+    names = _bound(code) - vars(module).keys()
     uses = defaultdict(list)
     for function in _functions(code):
         if names.isdisjoint(function.co_names):
@@ -72,6 +72,12 @@ def _missing(module: ModuleType) -> dict[str, list[tuple[int, str]]]:
             if step.opname == "LOAD_GLOBAL" and step.argval in names:
                 uses[step.argval].append((step.positions.lineno or function.co_firstlineno, function.co_qualname))
     return dict(uses)
+
+
+def _bound(code: CodeType) -> set[str]:
+    """Names that a module's code may bind, without what `dis` would tell of each of its instructions besides."""
+    steps = dis._unpack_opargs(code.co_code)
+    return {code.co_names[argument] for _, operation, argument in steps if operation == dis.opmap["STORE_NAME"]}
 
 
 def _functions_run(layer, classes: list[type], modules: list[ModuleType]) -> set[tuple[str, str]]:

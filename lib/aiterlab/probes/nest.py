@@ -54,7 +54,9 @@ def serve(unit: dict, report: Report) -> None:
     forks.begun()
     watched = max(unit["groups"], key=lambda group: len(group["cells"]))
     for number, group in enumerate(unit["groups"]):
-        below = {"root": _digest(root), "base": _digest(_state(last, globals_too=True))}
+        below = {"root": _digest(root), "base": _digest(child.state(last))}
+        if _at_an_end(number, unit["groups"]):
+            below["base's globals"] = _globals()
         running = forks.fork(
             lambda g=group, b=below: _serve_group(unit, g, reads, last, b, g is watched, report), group["log"]
         )
@@ -105,7 +107,7 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
     if len(group["cells"]) == 1:  # this process has no other cell to begin, so it may be the one of this
         (cell,) = group["cells"]
         report({"alone": cell["id"]})
-        _answer(probe, cell, below | _state(last, globals_too=watched), completed)
+        _answer(probe, cell, below | child.state(last), completed)
         return
     _settle()
     forks.begun()
@@ -114,8 +116,10 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
         report({"process": os.getpid()})
         _answer(probe, cell, began_with, completed)
 
-    for cell in group["cells"]:
-        began_with = below | _state(last, globals_too=watched)
+    for number, cell in enumerate(group["cells"]):
+        began_with = below | child.state(last)
+        if watched and _at_an_end(number, group["cells"]):
+            began_with["globals"] = _globals()
         running = forks.fork(functools.partial(answer, cell, began_with), cell["log"], group["log"])
         report({"ended": cell["id"], **asdict(running.wait(unit["limit_s"]))})
 
@@ -129,16 +133,17 @@ def _answer(probe, cell: dict, began_with: dict, completed: _Completed) -> None:
     child.keep(facts, began_with, cell["answer"])
 
 
-def _state(last: str, *, globals_too: bool) -> dict:
-    """What a process that is forked now could notice of this one.
-
-    Reading what every name is bound to writes to the memory of every value, which a child then has to itself: it would
-    take a group half its time. What one group lets leak, all do; so the largest of each unit is watched that closely.
-    """
-    return child.state(last) | ({"globals": _globals()} if globals_too else {})
-
-
 _containers: dict[str, tuple[int, list]] = {}  # module -> its names' values in one number, and those that hold others
+
+
+def _at_an_end(number: int, children: list) -> bool:
+    """Whether this child is the first or the last, to which the globals are compared.
+
+    Reading what every name is bound to writes to the memory of every value, which a child then has to itself: before
+    each child it would take a third of the time. What leaks from one stays, so it shows at the last; and what one group
+    lets leak, all do, so the largest of each unit is watched that closely.
+    """
+    return number in (0, len(children) - 1)
 
 
 def _globals() -> str:

@@ -211,7 +211,7 @@ class Plan:
         """What shows that this cell did not begin where the first of its group did; None as it should be."""
         if began_with["answered"]:
             return f"its process had answered {began_with['answered']} cells before"
-        scopes = {"root": (), "base": (unit["id"],)}
+        scopes = {"root": (), "base": (unit["id"],), "base's globals": (unit["id"],)}
         for name, digest in began_with.items():
             scope = scopes.get(name, (unit["id"], self._cell_at(index).group))
             if self.began.setdefault((name, *scope), digest) != digest:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def ask(
     timeout_s: float | None = None,
     cold: bool = False,
     fresh: bool = False,
+    root: Server | None = None,
 ) -> list[dict]:
     """Answer every cell; returns rows in the order of `cells`: coordinates, `verdict`, `facts`, `reused`, `seconds`.
 
@@ -66,6 +68,7 @@ def ask(
         timeout_s: seconds after which one cell is killed; 240, and an hour on a native machine, by default.
         cold: answer each cell in a new interpreter with nothing preloaded; such answers are kept apart.
         fresh: ask again what this run has an answer to.
+        root: the process that cells on simulated machines are forked from, if one was `started`.
     """
     workers = workers or len(os.sched_getaffinity(0))
     folder = paths.cells_dir()
@@ -81,36 +84,45 @@ def ask(
             rows[i] = answers.unasked(
                 cell, "this tree has no compiled extensions for this GPU; ask the tree `installed`"
             )
-    start = time.monotonic()
+    start, done = time.monotonic(), sum(row is not None for row in rows)
     places: dict[Path, list[int]] = {}
     for i, file in enumerate(files):  # a question that was put twice is asked once
         places.setdefault(file, []).append(i)
 
     def finish(index: int, row: dict) -> None:
+        nonlocal done
         for i in places[files[index]]:
             rows[i] = row
+        done += len(places[files[index]])
         if progress:
-            progress(sum(row is not None for row in rows), len(rows), time.monotonic() - start)
+            progress(done, len(rows), time.monotonic() - start)
 
     todo = {i: (cells[i], file) for file, (i, *_) in places.items() if rows[i] is None}
     for file in (file for _, file in todo.values()):
         file.unlink(missing_ok=True)
     if simulated := {i: asked for i, asked in todo.items() if asked[0].machine.simulated}:
-        limit_s = timeout_s or TIMEOUT_S
-        _carry_out(Plan(simulated, workers, limit_s, finish, cold=cold), () if cold else preload.MODULES, _SIMULATION)
+        plan = Plan(simulated, workers, timeout_s or TIMEOUT_S, finish, cold=cold)
+        _carry_out(plan, () if cold else preload.MODULES, _SIMULATION, None if cold else root)
     if native := {i: asked for i, asked in todo.items() if not asked[0].machine.simulated}:
         # A process that forks must not have touched a GPU, so none is forked; and one GPU means one at a time.
         _carry_out(Plan(native, 1, timeout_s or NATIVE_TIMEOUT_S, finish, cold=True), (), {})
     return rows
 
 
-def _carry_out(plan: Plan, modules: Sequence[str], environment: dict[str, str]) -> None:
+@contextlib.contextmanager
+def started() -> Iterator[Server]:
+    """A `root` for `ask` that imports what cells have in common while its caller still finds out what to ask."""
+    with Server(preload.MODULES, _SIMULATION) as root:
+        yield root
+
+
+def _carry_out(plan: Plan, modules: Sequence[str], environment: dict[str, str], root: Server | None = None) -> None:
     while True:
-        with Server(modules, environment) as server:
+        with root or Server(modules, environment) as server:
             if server.leave_out is None:
                 server.carry_out(plan)
                 return
-        modules = [name for name in modules if name != server.leave_out]
+        modules, root = [name for name in modules if name != server.leave_out], None
 
 
 def compare_cold(
@@ -167,12 +179,12 @@ class Server:
             env=os.environ | _SERVER_ENVIRONMENT | environment,
             start_new_session=True,  # Ctrl-C reaches us, and we end it in order
         )
-        try:
-            self._send({"modules": list(modules)})
-            self.leave_out = self._receive().get("leave_out")
-        except BaseException:  # Ctrl-C while it imports: nobody else would end it
-            self.close()
-            raise
+        self._send({"modules": list(modules)})
+
+    @cached_property
+    def leave_out(self) -> str | None:
+        """The module that must not be preloaded, once all are imported; None: it is ready."""
+        return self._receive().get("leave_out")
 
     def __enter__(self) -> Server:
         return self
@@ -185,7 +197,7 @@ class Server:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=5 if "leave_out" in vars(self) else 0)  # while it imports it has started nothing
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

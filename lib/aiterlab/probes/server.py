@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from aiterlab import importing
 from aiterlab.probes import ahead, child, forks, nest, pages, preload
 
 _ENVIRONMENT = dict(os.environ)  # before anything that is imported could change it
@@ -31,6 +32,7 @@ def main() -> None:
     os.dup2(2, 1)  # a library that prints while it is imported must not speak on the channel
     first = json.loads(sys.stdin.readline())
     gc.disable()  # what is imported stays, and a cell lives for less than a second
+    importing.skip_address_grammars()
     if spoilt_by := preload.import_all(first.get("modules", ())):
         channel.write(json.dumps({"leave_out": spoilt_by}) + "\n")
         return

@@ -7,11 +7,9 @@ from which `bundle` writes a run's index, summary and samples, and `compare` jud
 kernel or vLLM.
 """
 
-import sys
+from aiterlab import importing
 
-# nbformat imports jsonschema, which imports this where it is installed: a grammar of international addresses that takes
-# two seconds to compile, in every process. jsonschema does without it.
-sys.modules.setdefault("rfc3987_syntax", None)
+importing.skip_address_grammars()  # before nbformat is imported, which imports jsonschema
 
 from aiterlab.suite.notebook_parameters import check_parameters  # noqa: E402
 

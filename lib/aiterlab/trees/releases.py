@@ -125,6 +125,12 @@ def verify(folder: Path) -> str:
     return hashlib.sha256(record).hexdigest()
 
 
+def digests(folder: Path) -> dict[Path, bytes]:
+    """The sha256 of every Python file that RECORD names, for a folder that `fetch` has checked against it."""
+    rows = _python_files((folder / RECORD).read_text())
+    return {folder / name: base64.urlsafe_b64decode(f"{digest}=") for name, digest in rows}
+
+
 def _read_in_parts(version: str, folder: Path) -> bool:
     """Unpack the Python files without the rest of the wheel; False, and no folder, where that does not work.
 

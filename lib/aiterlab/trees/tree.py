@@ -10,10 +10,11 @@ import importlib.util
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from aiterlab import paths
 from aiterlab.trees import releases
@@ -78,9 +79,8 @@ def forget(tree: Tree) -> None:
 def _get(name: str) -> Tree:
     if match := re.fullmatch(r"release:(\d+(?:\.\w+)+)", name):
         folder = releases.fetch(match[1], _store())
-        return _tree(
-            name, folder / "vllm", f"Python files of {releases.DISTRIBUTION} {match[1]} from the package index"
-        )
+        origin = f"Python files of {releases.DISTRIBUTION} {match[1]} from the package index"
+        return _tree(name, folder / "vllm", origin, releases.digests(folder))
     if name == "regressed":
         return _tree(
             name, _regressed() / "vllm", f"release {REGRESSED_RELEASE} with the edits of vllm-project/vllm#32902"
@@ -139,17 +139,18 @@ def _regressed() -> Path:
     return folder
 
 
-def _tree(name: str, package: Path, origin: str) -> Tree:
-    fingerprint = _fingerprint(package)
+def _tree(name: str, package: Path, origin: str, known: Mapping[Path, bytes] = MappingProxyType({})) -> Tree:
+    fingerprint = _fingerprint(package, known)
     compiled = any(package.glob("_rocm_C*.so"))
     return Tree(name, _import_folder(package, fingerprint), package, fingerprint, origin, compiled)
 
 
-def _fingerprint(package: Path) -> str:
+def _fingerprint(package: Path, known: Mapping[Path, bytes]) -> str:
+    """The sha256 over all Python files; of those `known`, the content has been checked against that digest."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(known.get(path) or hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
