@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done ahead of all cells is what each of them would have done."""
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -69,6 +70,48 @@ def test_another_package_of_that_name_keeps_its_place(held, tmp_path):
     (tmp_path / "hipify.py").write_text("mine = True\n")
     sys.path.insert(0, str(tmp_path))
     assert importlib.import_module("hipify").mine
+
+
+def test_the_signature_of_a_function_is_found_once_as_long_as_the_function_stays_as_it_is():
+    asked = []
+
+    def find(function, **options):
+        asked.append(function)
+        return inspect.signature(function, **options)
+
+    remembering = ahead._remembering_last(find)
+
+    def one(a: int, b=1, *, c=2): ...
+
+    def other(a, *more): ...
+
+    def check(times: int, **options) -> None:
+        asked.clear()
+        for _ in range(3):
+            assert remembering(one, **options) == inspect.signature(one, **options)
+        assert len(asked) == times
+
+    check(1)
+    check(0)
+    check(3, eval_str=True)
+    assert remembering(other) == inspect.signature(other)
+    for change in (
+        lambda: None,
+        lambda: one.__annotations__.update(b=float),
+        lambda: one.__kwdefaults__.update(c=3),
+        lambda: setattr(one, "__defaults__", (4,)),
+        lambda: setattr(one, "__code__", (lambda a, x=0, *, c=5: None).__code__),
+    ):
+        change()
+        check(1)
+    one.__wrapped__ = other
+    check(3)
+    assert [*remembering(one).parameters] == ["a", "more"]
+    del one.__wrapped__
+    one.__signature__ = inspect.signature(other)
+    check(3)
+    for unusual in (int.from_bytes, functools.partial(other, 1), SourceFileLoader, check):
+        assert remembering(unusual) == inspect.signature(unusual)
 
 
 @pytest.mark.parametrize("level", [1, 2])

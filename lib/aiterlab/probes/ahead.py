@@ -23,8 +23,9 @@ from functools import cached_property, partial
 from importlib import _bootstrap_external
 from importlib.machinery import PathFinder, SourceFileLoader
 from importlib.metadata import EntryPoints, PackageNotFoundError, PathDistribution, version
+from inspect import Signature
 from pathlib import Path
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 
 import jinja2
 
@@ -35,6 +36,7 @@ _code: dict[Path, dict[str, CodeType]] = {}  # package -> file -> what it is com
 _PACKAGES_HELD = 3  # AITER, a tree, and the one that is asked while the last cells of that tree are
 _read_code = SourceFileLoader.get_code
 _find_module = inspect.getmodule
+_ELSEWHERE = {"__signature__", "__text_signature__", "__wrapped__"}  # where a function may have its signature from
 _SOURCES = "aiter_meta"  # AITER's C++ code
 _VERSIONS_ASKED = ("transformers",)
 _TABLES, _LAST = "hipify", "hipify.hipify_python"  # PyTorch's translation of CUDA's names into HIP's; imports the rest
@@ -44,6 +46,7 @@ def prepare() -> None:
     """Do it all, in a process that has neither vLLM nor AITER."""
     inspect.getmodule(prepare.__code__)  # it looks through every module; what it learns here, children know already
     inspect.getmodule = _module
+    inspect.signature = _remembering_last(inspect.signature)
     if library := sys.modules.get("torch._library.utils"):
         library.get_source = _source
     if effects := sys.modules.get("torch._library.effects"):
@@ -152,6 +155,24 @@ def _module(asked, _filename: str | None = None) -> ModuleType | None:
         if getattr(module, "__file__", None) == asked.f_code.co_filename:
             return module
     return _find_module(asked, _filename)
+
+
+def _remembering_last(find: Callable[..., Signature]) -> Callable[..., Signature]:
+    """AITER and torch ask three times in a row for the signature of each operator's function."""
+    last: tuple = ()
+    found: Signature
+
+    def signature(asked, **options) -> Signature:
+        nonlocal last, found
+        if options or type(asked) is not FunctionType or not _ELSEWHERE.isdisjoint(vars(asked)):
+            return find(asked, **options)
+        named = dict(asked.__kwdefaults__ or {}), dict(asked.__annotations__)
+        about = asked, asked.__code__, asked.__defaults__, *named
+        if about != last:
+            found, last = find(asked), about
+        return found
+
+    return signature
 
 
 def _look_for_effects_when_asked(holder: type) -> None:
