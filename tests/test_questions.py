@@ -123,7 +123,7 @@ class Seen:
 
 def test_an_inspection_in_a_fork_brings_back_the_answer_and_leaves_nothing_behind():
     state = []
-    assert inspection._in_a_fork(lambda: Seen([state.append(1)], len(state))) == asdict(Seen([None], 1))
+    assert inspection._in_a_fork(lambda: {"noted": [state.append(1)], "count": len(state)}) == asdict(Seen([None], 1))
     assert state == []
 
 
@@ -138,7 +138,9 @@ def test_a_class_is_looked_at_once_in_a_fork_and_the_tree_keeps_nothing_itself(m
             self.class_name = class_name
 
         def inspect_model_cls(self):  # as vLLM's: what another process says, and then to the disk
-            seen = registry._run_in_subprocess(lambda: Seen([self.class_name, os.getpid()], 1))
+            seen = registry._run_in_subprocess(
+                lambda: Seen([self.class_name, os.getpid()], 1 // (self.class_name != "Broken"))
+            )
             with looks.open("a") as file:
                 file.write(f"{self.class_name}\n")
             self._save_modelinfo_to_cache(seen, "hash")
@@ -147,16 +149,24 @@ def test_a_class_is_looked_at_once_in_a_fork_and_the_tree_keeps_nothing_itself(m
         def _save_modelinfo_to_cache(self, seen, module_hash) -> None:
             raise AssertionError("imports the model loader")
 
-    registry = SimpleNamespace(_ModelInfo=Seen, _LazyRegisteredModel=Model)
-    inspection._replace(registry)
     names = ("LlamaForCausalLM", "EagleLlamaForCausalLM")
+    known = SimpleNamespace(models={name: Model(name) for name in (*names, "Broken")})
+    registry = SimpleNamespace(_ModelInfo=Seen, _LazyRegisteredModel=Model, ModelRegistry=known)
+    inspection._replace(registry)
     first = [Model(name).inspect_model_cls() for name in names]
     assert [seen.noted[0] for seen in first] == [*names]
     assert all(seen.noted[1] != os.getpid() for seen in first)
     assert [Model(name).inspect_model_cls() for name in names] == first
     assert looks.read_text().split() == [*names]
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "another machine"))
-    assert Model(names[0]).inspect_model_cls() != first[0]
+    monkeypatch.setattr(inspection, "_expected", ())
+    inspection.expect(["Broken", "of another release", *names])
+    again = [Model(name).inspect_model_cls() for name in names]
+    assert [seen.noted[0] for seen in again] == [*names]
+    assert len({seen.noted[1] for seen in again}) == 1, "one process looks at all that are expected"
+    assert again[0] != first[0]
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        Model("Broken").inspect_model_cls()
 
 
 def test_an_inspection_that_fails_says_why():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from aiterlab import records
@@ -18,6 +19,7 @@ LATENT_HEADS = 16  # AITER's latent attention takes 16 or 128 of them
 ROPE_SIZE, NOPE_SIZE, VALUE_SIZE = 64, 128, 128  # DeepSeek's, of the parts of a latent attention head
 MAX_MODEL_LEN = 512  # tokens
 VOCABULARY = 512
+DRAFT = "EagleLlamaForCausalLM"
 
 
 def latent_sizes(layer: Layer) -> dict[str, int | None]:
@@ -57,11 +59,19 @@ def _target(layer: Layer) -> dict:
     }
 
 
+def architectures(layers: Iterable[Layer]) -> list[str]:
+    """The names by which vLLM's registry knows the models of such layers, each once."""
+    found = []
+    for layer in layers:
+        found += _target(layer)["architectures"] + [DRAFT] * (layer.role == "draft")
+    return list(dict.fromkeys(found))
+
+
 def write(folder: Path, layer: Layer | None = None) -> tuple[str, str]:
     """Write the configurations for such a layer below `folder`; return the paths of the target and the draft."""
     layer = layer or Layer()
     target = _target(layer)
-    draft = _target(Layer(head_size=layer.head_size)) | {"architectures": ["EagleLlamaForCausalLM"]}
+    draft = _target(Layer(head_size=layer.head_size)) | {"architectures": [DRAFT]}
     written = []
     for name, config in ((layer.kind, target), ("eagle", draft)):
         text = json.dumps(config, indent=1)

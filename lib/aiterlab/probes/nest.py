@@ -30,7 +30,8 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from aiterlab import records
-from aiterlab.probes import child, forks
+from aiterlab.probes import child, forks, inspection, models
+from aiterlab.probes.layer import Layer
 from aiterlab.probes.reads import Forbidden, Reads
 
 TREE = "vllm"
@@ -100,6 +101,7 @@ def _serve_group(unit: dict, group: dict, reads: Reads, last: str, below: dict, 
     completed = _Completed()
     with completed:
         probe = child.make_probe(request)
+        inspection.expect(models.architectures(Layer(**cell["request"]["layer"]) for cell in group["cells"]))
         probe.begin(request["drive"])
     if (count := threading.active_count()) > 1:
         report({"threads": count, "ids": [cell["id"] for cell in group["cells"]]})
