@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Switches and backends as a tree's source states them: on a tree of a few lines, and on real releases."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,13 @@ SOURCES = {
 def make_tree(folder: Path, sources: dict[str, str], name="made") -> Tree:
     import textwrap
 
+    files = {}
     for file, text in sources.items():
         path = folder / "vllm" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(text))
-    return Tree(name, folder, folder / "vllm", str(folder), "a test")
+        files[file] = hashlib.sha256(path.read_bytes()).digest()
+    return Tree(name, folder, folder / "vllm", str(folder), "a test", files=files)
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ switch that nothing reads any more counts as one of attention's too: it may have
 from __future__ import annotations
 
 import ast
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from aiterlab.audit import backends
@@ -26,6 +24,7 @@ _CALL = re.compile(r"\brocm_aiter_ops\.(\w+)|\b(is_\w*aiter\w*)")
 _READING = re.compile(r"envs\.|environ|getenv|is_set")
 _OPERATORS = "_aiter_ops.py"
 _ATTENTION = ("attention/", "v1/attention/", "model_executor/layers/attention/", "model_executor/layers/mla.py")
+_declared: dict[tuple[Path, str], tuple[Switch, ...]] = {}  # by place and fingerprint of a tree
 _known: dict[bytes, tuple[frozenset[str], frozenset[str]]] = {}  # digest of a file -> what it speaks of
 
 
@@ -55,7 +54,10 @@ class Switch:
 
 def declared(tree: Tree) -> list[Switch]:
     """The tree's switches for AITER and for ROCm's attention, in the order in which it declares them."""
-    return list(_declared(tree.source, tree.fingerprint))
+    key = tree.source, tree.fingerprint
+    if key not in _declared:
+        _declared[key] = _read(tree)
+    return list(_declared[key])
 
 
 def of_attention(tree: Tree) -> list[Switch]:
@@ -64,11 +66,11 @@ def of_attention(tree: Tree) -> list[Switch]:
     return [switch for switch in found if switch.name != MAIN_SWITCH]
 
 
-@cache
-def _declared(package: Path, fingerprint: str) -> tuple[Switch, ...]:
+def _read(tree: Tree) -> tuple[Switch, ...]:
+    package = tree.source
     known = _annotations(ast.parse((package / "envs.py").read_text(encoding="utf-8")))
     through = _functions_of_operators(package)
-    readers = _readers(package, set(known), through)
+    readers = _readers(tree, set(known), through)
     deciding = _deciding(package, through)
     found = []
     for name, (kind, default) in known.items():
@@ -87,33 +89,32 @@ def _annotations(tree: ast.Module) -> dict[str, tuple[str, str]]:
     }
 
 
-def _readers(package: Path, names: set[str], through: dict[str, set[str]]) -> dict[str, set[str]]:
+def _readers(tree: Tree, names: set[str], through: dict[str, set[str]]) -> dict[str, set[str]]:
     """Name -> files that read it; a file that calls a function of the operator module reads what that one reads."""
     readers: dict[str, set[str]] = defaultdict(set)
-    for path in package.rglob("*.py"):
-        file = path.relative_to(package).as_posix()
+    for file, digest in tree.files.items():
         if file in ("envs.py", _OPERATORS):
             continue
-        read, called = _spoken_of(path.read_bytes())
+        read, called = _spoken_of(tree.source / file, digest)
         for name in (names & read).union(*(through.get(function, ()) for function in called)):
             readers[name].add(file)
     return readers
 
 
-def _spoken_of(source: bytes) -> tuple[frozenset[str], frozenset[str]]:
+def _spoken_of(path: Path, digest: bytes) -> tuple[frozenset[str], frozenset[str]]:
     """Names of switches in code, and functions of the operator module; releases have half of their files in common."""
-    key = hashlib.sha256(source).digest()
-    if key not in _known:
-        text = source.decode("utf-8", errors="replace")
+    if digest not in _known:
+        text = path.read_text(encoding="utf-8", errors="replace")
         read = _NAME.findall(_code_only(text)) if "VLLM_" in text else ()
         called = _CALL.findall(text) if "aiter" in text else ()
-        _known[key] = frozenset(read), frozenset(method or function for method, function in called)
-    return _known[key]
+        _known[digest] = frozenset(read), frozenset(method or function for method, function in called)
+    return _known[digest]
 
 
 def _code_only(text: str) -> str:
-    """Without comments and without the lines of docstrings that only mention a name."""
-    return "\n".join(line.partition("#")[0] for line in text.splitlines() if _READING.search(line))
+    """The lines that name a switch, without comments and without those of docstrings that only mention it."""
+    lines = (line for line in text.splitlines() if "VLLM_" in line)
+    return "\n".join(line.partition("#")[0] for line in lines if _READING.search(line))
 
 
 def _functions_of_operators(package: Path) -> dict[str, set[str]]:

@@ -13,6 +13,7 @@ import csv
 import fcntl
 import hashlib
 import http.client
+import os
 import re
 import shutil
 import stat
@@ -119,16 +120,16 @@ def verify(folder: Path) -> str:
     """
     record = (folder / RECORD).read_bytes()
     for name, digest in _python_files(record.decode()):
-        path = folder / name
-        if not path.is_file() or _digest(path.read_bytes()) != digest:
+        path = f"{folder}/{name}"
+        if not os.path.isfile(path) or _digest(Path(path).read_bytes()) != digest:
             raise ReleaseError(f"{path} is missing or altered; delete {folder} and run again")
     return hashlib.sha256(record).hexdigest()
 
 
-def digests(folder: Path) -> dict[Path, bytes]:
-    """The sha256 of every Python file that RECORD names, for a folder that `fetch` has checked against it."""
+def digests(folder: Path) -> dict[str, bytes]:
+    """The sha256 of every Python file of the package, for a folder that `fetch` has checked against RECORD."""
     rows = _python_files((folder / RECORD).read_text())
-    return {folder / name: base64.urlsafe_b64decode(f"{digest}=") for name, digest in rows}
+    return {name.removeprefix("vllm/"): base64.urlsafe_b64decode(f"{digest}=") for name, digest in rows}
 
 
 def _read_in_parts(version: str, folder: Path) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import secrets
 import shutil
@@ -41,6 +42,7 @@ class Tree:
     origin: str  # one sentence for the record
     compiled: bool = False  # has extensions built for a GPU; a source tree has not
     environment: dict[str, str] = field(default_factory=dict)  # what a process on this tree has set
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)  # Python file -> its sha256
 
 
 def get(name: str) -> Tree:
@@ -139,19 +141,27 @@ def _regressed() -> Path:
     return folder
 
 
-def _tree(name: str, package: Path, origin: str, known: Mapping[Path, bytes] = MappingProxyType({})) -> Tree:
-    fingerprint = _fingerprint(package, known)
+def _tree(name: str, package: Path, origin: str, known: Mapping[str, bytes] = MappingProxyType({})) -> Tree:
+    """A tree of this package.
+
+    Args:
+        known: the sha256 of files whose content has been checked against it.
+    """
+    files = {file: known.get(file) or _digest(package / file) for file in _python_files(package)}
+    fingerprint = hashlib.sha256(b"".join(b"%s\0%s" % (file.encode(), files[file]) for file in files)).hexdigest()
     compiled = any(package.glob("_rocm_C*.so"))
-    return Tree(name, _import_folder(package, fingerprint), package, fingerprint, origin, compiled)
+    return Tree(name, _import_folder(package, fingerprint), package, fingerprint, origin, compiled, files=files)
 
 
-def _fingerprint(package: Path, known: Mapping[Path, bytes]) -> str:
-    """The sha256 over all Python files; of those `known`, the content has been checked against that digest."""
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\0".encode())
-        digest.update(known.get(path) or hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+def _python_files(package: Path) -> list[str]:
+    """Files below the package, by their path there, in the order of their folders."""
+    start = f"{package}/"
+    found = (f"{folder}/{file}" for folder, _, files in os.walk(package) for file in files if file.endswith(".py"))
+    return sorted((path.removeprefix(start) for path in found), key=lambda file: file.split("/"))
+
+
+def _digest(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def _import_folder(package: Path, fingerprint: str) -> Path:
