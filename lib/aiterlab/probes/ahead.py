@@ -262,14 +262,15 @@ def _remembering(read: Callable[[PathDistribution], object]) -> Callable[[PathDi
 
 
 def _remembering_places(find: Callable[..., EntryPoints]) -> Callable[..., EntryPoints]:
-    """Entry points by where they are looked for; newer releases ask twice for each configuration."""
-    known: dict[tuple[str, ...], EntryPoints] = {}
+    """Entry points by where they are looked for and by group; newer releases ask twice for each configuration."""
+    known: dict[tuple[str, ...], dict[str | None, EntryPoints]] = {}
 
     def entry_points(**chosen: str) -> EntryPoints:
         places = tuple(sys.path)
         if places not in known:
-            known[places] = find()
-        return known[places].select(**chosen)
+            found = find()
+            known[places] = {None: found} | {group: found.select(group=group) for group in found.groups}
+        return known[places].get(chosen.get("group"), EntryPoints()).select(**chosen)
 
     return entry_points
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from aiterlab import records
 from aiterlab.probes import child, forks, inspection, models
 from aiterlab.probes.layer import Layer
+from aiterlab.probes.preload import ON_A_MACHINE
 from aiterlab.probes.reads import Forbidden, Reads
 
 TREE = "vllm"
@@ -72,7 +73,8 @@ def _become_base(request: dict, preload: list[str], moved: list[str]) -> Reads:
         child.set_switches(request, moved)
         with reads:
             _resolve_platform()
-            for name in preload:
+            others = [name for name in ON_A_MACHINE if name.partition(".")[0] in sys.modules]
+            for name in (*preload, *others):
                 importlib.import_module(name)
     return reads
 

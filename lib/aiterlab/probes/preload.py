@@ -18,7 +18,8 @@ from aiterlab import paths, records
 
 # In these the machines differ, so a module that asks for one while it is imported holds an answer of the wrong machine.
 _OF_MACHINES = ("aiter", "aiter_meta", "amdsmi", "csrc", "flash_attn", "vllm")
-# What vLLM's releases, AITER and the simulated machine import of others, with all that these import: 5,000 modules.
+# What vLLM's releases, AITER and the simulated machine import of others, and the configurations of the models that
+# probes ask about, with all that these import: 5,000 modules.
 # Not among it is what takes no time, and what asks for a part of a machine.
 MODULES = (
     "torch", "torch._dynamo", "torch._export.serde.schema", "torch._inductor.codegen.triton",
@@ -27,7 +28,10 @@ MODULES = (
     "triton.experimental.gluon.language", "transformers.convert_slow_tokenizer",
     "transformers.generation.continuous_batching.requests", "transformers.image_transforms",
     "transformers.integrations.peft", "transformers.loss.loss_utils", "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto", "transformers.models.siglip.configuration_siglip",
+    "transformers.models.auto.tokenization_auto", "transformers.models.bert.configuration_bert",
+    "transformers.models.deepseek_v2.configuration_deepseek_v2",
+    "transformers.models.deepseek_v3.configuration_deepseek_v3", "transformers.models.qwen3.configuration_qwen3",
+    "transformers.models.siglip.configuration_siglip",
     "transformers.models.whisper.tokenization_whisper", "transformers.quantizers.quantizers_utils",
     "transformers.video_utils", "aiohttp", "cachetools", "cbor2", "cpuinfo", "einops", "fastapi.requests",
     "fsspec.caching", "gguf", "grpc", "huggingface_hub.hf_file_system", "llguidance", "logging.config", "msgspec",
@@ -37,6 +41,8 @@ MODULES = (
     "setuptools.command.build_ext", "sklearn.metrics", "sqlite3", "tvm_ffi.libinfo", "xgrammar", "xxhash",
     "zmq.asyncio",
 )  # fmt: skip
+# Of the same, what asks for a part of a machine: it is imported on each, once for all cells there.
+ON_A_MACHINE = ("transformers.models.llama.configuration_llama",)
 
 
 class Names:
