@@ -94,7 +94,7 @@ def serve_the_rest(claims: Callable[[str], bool], fill: Callable[[ModuleType], N
 
 
 def skip_address_grammars() -> None:
-    """Let jsonschema do without a package that takes two seconds and 45 MB to import, where one has installed it.
+    """Let jsonschema do without a package that takes two seconds to import, where one has installed it.
 
     It compiles grammars of international addresses, and no schema that is checked here speaks of such.
     """

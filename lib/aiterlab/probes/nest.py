@@ -144,7 +144,7 @@ def _at_an_end(number: int, children: list) -> bool:
     """Whether this child is the first or the last, to which the globals are compared.
 
     Reading what every name is bound to writes to the memory of every value, which a child then has to itself: before
-    each child it would take a third of the time. What leaks from one stays, so it shows at the last; and what one group
+    each child it would take a tenth of the time. What leaks from one stays, so it shows at the last; and what one group
     lets leak, all do, so the largest of each unit is watched that closely.
     """
     return number in (0, len(children) - 1)
