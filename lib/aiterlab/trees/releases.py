@@ -13,7 +13,6 @@ import csv
 import fcntl
 import hashlib
 import http.client
-import os
 import re
 import shutil
 import stat
@@ -120,8 +119,8 @@ def verify(folder: Path) -> str:
     """
     record = (folder / RECORD).read_bytes()
     for name, digest in _python_files(record.decode()):
-        path = f"{folder}/{name}"
-        if not os.path.isfile(path) or _digest(Path(path).read_bytes()) != digest:
+        path = folder / name
+        if not path.is_file() or _digest(path.read_bytes()) != digest:
             raise ReleaseError(f"{path} is missing or altered; delete {folder} and run again")
     return hashlib.sha256(record).hexdigest()
 
