@@ -294,6 +294,29 @@ def test_records_of_two_notebooks_are_not_comparable(results, capsys):
     assert code == 3 and "not in the second" in out
 
 
+def test_copies_are_matched_by_the_notebook_that_they_name_whatever_their_folders_are_called(results, capsys):
+    for name, record in (("before", reference(FIX)), ("after", changed(reference(FIX), cells_trapped_after=1))):
+        (results / "copies" / name / "kept").mkdir(parents=True)
+        for folder in (name, f"{name}/kept"):
+            (results / "copies" / folder / "record.json").write_text(json.dumps(record))
+    before, after = results / "copies" / "before", results / "copies" / "after"
+    code, out, _ = run_compare(results, capsys, before, after)
+    assert code == 1 and "1 worse" in out and FIX in out
+    for folder in (before, after):
+        (folder / "record.json").unlink()
+        (folder / "kept").rename(folder / f"of {folder.name}")
+    code, out, _ = run_compare(results, capsys, before, after)
+    assert code == 1 and "1 worse" in out and FIX in out
+
+
+def test_two_records_of_one_notebook_in_one_folder_are_bad_input(results, capsys):
+    for name in ("first", "second"):
+        (results / "copies" / name).mkdir(parents=True)
+        (results / "copies" / name / "record.json").write_text(json.dumps(reference(FIX)))
+    code, out, err = run_compare(results, capsys, "copies", "one")
+    assert code == 2 and not out and f"copies: holds two records of {FIX}; name one of them" in err
+
+
 def test_help_documents_the_exit_codes(capsys):
     with pytest.raises(SystemExit) as ended:
         compare.main(["--help"])

@@ -103,13 +103,13 @@ def find_side(name: str, results: Path) -> Side:
         known = [REFERENCE, LATEST, *(sorted(os.listdir(results)) if results.is_dir() else [])]
         raise SourceError(f"{unknown('no such run, folder or record', name, known)}")
     if (path / RECORD_NAME).is_file() or (path / status.STATUS_NAME).is_file():
-        return Side(name, {path.resolve().name: read_entry(path.resolve())})
+        return Side(name, _by_stem(name, [path.resolve()]))
     run = read_run(path.resolve())
     if not run.entries:
         records = sorted(path.glob(f"*/{RECORD_NAME}"))
         if not records:
             raise SourceError(f"{name}: holds neither a run nor a record; name a folder that run_all.py has left")
-        return Side(name, {record.parent.name: read_entry(record.parent) for record in records})
+        return Side(name, _by_stem(name, [record.parent for record in records]))
     return Side(run.name, {entry.stem: entry for entry in run.entries})
 
 
@@ -173,6 +173,17 @@ def _reference_of(stem: str, record: Mapping[str, Any], references: Iterable[Map
         [found for found in candidates if found.get("machine_simulated") is True],
     )
     return next((found[0] for found in choices if found), None)
+
+
+def _by_stem(name: str, folders: Iterable[Path]) -> dict[str, Entry]:
+    """Read notebooks' folders, each under the stem that its files name: copies lie in folders of any name."""
+    entries: dict[str, Entry] = {}
+    for entry in map(read_entry, folders):
+        stem = text((entry.record or entry.status).get("stem")) or entry.stem
+        if stem in entries:
+            raise SourceError(f"{name}: holds two records of {stem}; name one of them")
+        entries[stem] = entry
+    return entries
 
 
 def _record_side(name: str, path: Path) -> Side:
