@@ -328,13 +328,33 @@ def test_help_documents_the_exit_codes(capsys):
 
 def test_the_verdict_of_all_is_the_worst_of_each():
     def of(*verdicts):
-        made = [comparison.Notebook("x", endings=pair) for pair in verdicts]
-        return comparison.Comparison("a", "b", tuple(made)).verdict
+        made = [comparison.Notebook("x", ending=comparison.Ending("-", "-", verdict, "")) for verdict in verdicts]
+        made.append(comparison.Notebook("y", obstacle="not in the second"))
+        return comparison.Comparison("a", "b", tuple(made))
 
-    assert of(("ok", "failed"), ("failed", "ok")) is Verdict.WORSE
-    assert of(("failed", "ok"), ("ok", "ok")) is Verdict.BETTER
-    assert of(("ok", "ok")) is Verdict.SAME
-    assert of() is Verdict.NOT_COMPARABLE
+    assert of(Verdict.BETTER, Verdict.WORSE).verdict is Verdict.WORSE
+    assert of(Verdict.BETTER).verdict is Verdict.BETTER
+    same = comparison.Notebook("x", cell_counts=(1, 0, 0))
+    assert comparison.Comparison("a", "b", (same, *of().notebooks)).verdict is Verdict.SAME
+    assert of().verdict is Verdict.NOT_COMPARABLE
+
+
+def test_two_runs_in_which_everything_failed_are_not_comparable(results, capsys):
+    for name in ("two", "three"):
+        add_notebook(results / name, FIX, "failed", "E: x", error_cell=1)
+        add_notebook(results / name, SPEC, "timeout", "took too long", record=reference(SPEC, H200))
+        (results / name / SPEC / "record.json").write_text("{")
+    code, out, _ = run_compare(results, capsys, "two", "three")
+    assert code == 3 and "0 same" in out and "record of the first: there is none" in out
+
+
+def test_notebooks_that_only_ended_alike_are_not_comparable(results, capsys):
+    times = {"stem": KERNELS, "timings": reference(KERNELS, H200)["timings"]}
+    for cores in (2, 64):
+        machine = {"cpu_model": "A processor", "cpu_usable_count": cores}
+        add_run(results, f"of {cores}", [KERNELS], _04=times | {"provenance": machine})
+    code, out, _ = run_compare(results, capsys, "of 2", "of 64")
+    assert code == 3 and "0 same" in out and "another machine" in out
 
 
 def test_a_record_of_an_unknown_notebook_is_compared_by_its_finding_alone(results, capsys, tmp_path):

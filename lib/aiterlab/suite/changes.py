@@ -32,8 +32,9 @@ def lines_of(notebook: Notebook) -> list[Line]:
     """Return what changed in one notebook, the worst first; what is the same is only counted."""
     lines = [_metric_line(notebook.stem, judged) for judged in notebook.judgements if _is_change(judged.verdict)]
     lines += [_cell_line(notebook.stem, change) for change in notebook.cells]
-    if notebook.endings and _is_change(notebook.ending_verdict):
-        lines.append(Line(notebook.stem, "ending", *notebook.endings, notebook.ending_verdict, "how the run ended"))
+    ending = notebook.ending
+    if ending:
+        lines.append(Line(notebook.stem, "ending", ending.before, ending.after, ending.verdict, ending.reason))
     order = list(Verdict)
     return sorted(lines, key=lambda line: order.index(line.verdict))
 

@@ -33,12 +33,22 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """How one notebook ended in both sides, where that alone is worse or better: two alike endings are no finding."""
+
+    before: str
+    after: str
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True)
 class Notebook:
     """One notebook in both sides."""
 
     stem: str
     obstacle: str | None = None  # why nothing of it can be compared
-    endings: tuple[str, str] | None = None
+    ending: Ending | None = None
     findings: tuple[str | None, str | None] = (None, None)
     parameters: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     environment: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -47,21 +57,13 @@ class Notebook:
     cell_counts: tuple[int, int, int] = (0, 0, 0)  # asked in both, in the first alone, in the second alone
 
     @property
-    def ending_verdict(self) -> Verdict:
-        """How the second ending stands to the first."""
-        before, after = (ending == status.OK for ending in self.endings or ("", ""))
-        if before == after:
-            return Verdict.SAME if self.endings else Verdict.NOT_COMPARABLE
-        return Verdict.BETTER if after else Verdict.WORSE
-
-    @property
     def counts(self) -> Counter[Verdict]:
-        """How many comparisons ended in which verdict: metrics, answers, and the ending."""
+        """How many comparisons ended in which verdict: metrics, answers, and an ending that tells."""
         counts = Counter(judged.verdict for judged in self.judgements)
         counts.update(change.verdict for change in self.cells)
         counts[Verdict.SAME] += self.cell_counts[0] - len(self.cells)
-        if self.endings:
-            counts[self.ending_verdict] += 1
+        if self.ending:
+            counts[self.ending.verdict] += 1
         return counts
 
 
@@ -130,22 +132,20 @@ def compare_sides(first: Side, second: Side) -> Comparison:
 def _compare(stem: str, first: Side, second: Side) -> Notebook:
     sides = [_entry(stem, side, other) for side, other in ((first, second), (second, first))]
     older, newer = sides
-    endings = None
-    if older and newer and older.status and newer.status:
-        endings = (older.ending, newer.ending)
+    ending = _judge_ending(older, newer)
     for entry, which, side in ((older, "first", first), (newer, "second", second)):
         if entry is None:
             words = "the reference has no record of this class of machine" if side.references else f"not in the {which}"
             return Notebook(stem, obstacle=words)
         if entry.record is None:
-            return Notebook(stem, obstacle=f"record of the {which}: {entry.record_problem}", endings=endings)
+            return Notebook(stem, obstacle=f"record of the {which}: {entry.record_problem}", ending=ending)
     before, after = older.record, newer.record
     stems = [text(record.get("stem")) for record in (before, after)]
     if stems[0] != stems[1]:
         return Notebook(stem, obstacle=f"records of two notebooks: {stems[0]} and {stems[1]}")
     return Notebook(
         stem,
-        endings=endings,
+        ending=ending,
         findings=(text(before.get("finding")), text(after.get("finding"))),
         parameters=judgement.changed_parameters(before, after),
         environment=_changed_environment(before, after),
@@ -153,6 +153,12 @@ def _compare(stem: str, first: Side, second: Side) -> Notebook:
         cells=tuple(judgement.judge_cells(before, after)),
         cell_counts=judgement.count_cells(before, after),
     )
+
+
+def _judge_ending(older: Entry | None, newer: Entry | None) -> Ending | None:
+    if not (older and newer and older.status and newer.status) or older.ok == newer.ok:
+        return None
+    return Ending(older.ending, newer.ending, Verdict.BETTER if newer.ok else Verdict.WORSE, "how the run ended")
 
 
 def _entry(stem: str, side: Side, other: Side) -> Entry | None:
