@@ -13,8 +13,9 @@ from urllib.parse import quote
 import nbformat
 import pytest
 
-from aiterlab import security
+from aiterlab import paths, provenance, security
 from aiterlab.security import MASK, Leak, is_secret_name, scan_folder, scan_text, scrub, scrub_tree
+from aiterlab.suite.notebook_parameters import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = {"HOME": "/home/al"}
@@ -71,14 +72,36 @@ def test_scrub_masks_long_values_of_secret_names_only():
     assert masked == f"{MASK} {MASK} hf_long short plain_value"
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "JUPYTER_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD"])
+SECRETS = "HF_TOKEN JUPYTER_TOKEN OPENAI_API_KEY AWS_SECRET_ACCESS_KEY AWS_ACCESS_KEY_ID PGPASSWORD DB_PASS MYSQL_PWD"
+SECRETS += " GITHUB_PAT SENTRY_DSN SLACK_WEBHOOK_URL APIKEY API_KEYS SSH_KEY PASSPHRASE TOKEN_HF HF_TOKEN_VALUE"
+SECRETS += " API_KEY_HF COOKIE PRIVATE_KEY_PEM DB-PASSWORD BASIC_AUTH OPENAI_KEY_2 DB_PASS_2"
+
+
+@pytest.mark.parametrize("name", [*SECRETS.split(), "hfToken", "HFToken", "awsSecretKey", "dbPass"])
 def test_names_of_secrets(name):
-    assert is_secret_name(name) and is_secret_name(name.lower())
+    assert is_secret_name(name) and (is_secret_name(name.lower()) or not name.isupper())
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "VLLM_MAX_TOKENS", "PWD", "XAUTHORITY", "PATH"])
+NO_SECRETS = "TOKENIZERS_PARALLELISM VLLM_MAX_TOKENS VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD PWD OLDPWD XAUTHORITY PATH"
+NO_SECRETS += " GPG_AGENT_INFO NUM_TOKENS TOKEN_IDS EOS_TOKEN_ID TOKENIZER KEY_HEADS NUM_KEY_VALUE_HEADS KEYS KEYBOARD"
+NO_SECRETS += " PASS_RATE PATTERN AUTHOR"
+
+
+@pytest.mark.parametrize("name", NO_SECRETS.split())
 def test_names_that_only_look_like_it(name):
-    assert not is_secret_name(name)
+    assert not is_secret_name(name) and not is_secret_name(name.lower())
+
+
+def test_no_parameter_and_no_switch_of_the_suite_is_taken_for_a_secret():
+    names = {name for model in MODELS.values() for name in model.model_fields}
+    names |= {*provenance.ENVIRONMENT_PREFIXES, provenance.IMAGE_VARIABLE}
+    names |= {value for name, value in vars(paths).items() if name.endswith("_VARIABLE")}
+    assert {"draft_tokens", "output_tokens", "VLLM_", paths.CACHE_VARIABLE} <= names
+    assert [name for name in sorted(names) if is_secret_name(name)] == []
+
+
+def test_a_folder_is_no_secret_whatever_names_it(tmp_path):
+    assert scrub(f"in {tmp_path}/x", HOME | {"HOST_PWD": str(tmp_path)}) == f"in {tmp_path}/x"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,8 @@ def test_overrides_are_laid_over_the_defaults_and_checked(parameters):
         ("run: __import__('os').system('false') = 1", "not a parameter type"),
         ("hf_token: str = ''", "secrets are no parameters"),
         ("api_key: str = ''", "secrets are no parameters"),
+        ("api_key_hf: str = ''", "secrets are no parameters"),
+        ("passphrase: str = ''", "secrets are no parameters"),
         ("a: int = 1\na: int = 2", "assigned twice"),
         ("a: int = ", "not Python"),
     ],

@@ -20,8 +20,14 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 MASK = "(masked)"
-_SECRET_NAME = re.compile(
-    r"key|token(?!s|iz)|secret|passw|passphrase|credential|cookie|authorization|(^|_)auth(_|$)", re.IGNORECASE
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_SECRET_WORDS = re.compile(
+    r"passw|passphrase|secret|credential|cookie|authorization|\b(?:auth|oauth|creds?|dsn|jwt|pat|webhook)\b"
+    # Also at the end of a word (APIKEY); but token_ids and num_key_value_heads are a model's.
+    r"|token\b(?! (?:ids?|counts?|threshold)\b)|key\b(?! (?:value )?(?:heads?|cache)\b)"
+    r"|(?:api|access|private|ssh) ?keys\b"
+    # PWD alone is a folder, and a pass_rate a share.
+    r"|\w (?:pass|pwd)[ \d]*$"
 )
 # Shorter values ("1", "false") are no secrets, and would mask ordinary words all over a report.
 _SHORTEST_SECRET = 8
@@ -75,8 +81,8 @@ class Leak:
 
 @cache
 def is_secret_name(name: str) -> bool:
-    """Tell whether an environment variable of this name may hold a secret."""
-    return _SECRET_NAME.search(name) is not None
+    """Tell whether an environment variable or a parameter of this name may hold a secret, word by word."""
+    return _SECRET_WORDS.search(" ".join(_WORD.findall(name)).lower()) is not None
 
 
 def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
@@ -216,7 +222,9 @@ def _rules(environment: Mapping[str, str] | None) -> _Rules:
 @lru_cache(maxsize=8)
 def _rules_of(values: tuple[tuple[str, str], ...], home: str) -> _Rules:
     folders = {home.rstrip("/"), os.path.realpath(home)}
-    return _Rules(values, tuple(sorted(folder for folder in folders if folder.count("/") and len(folder) > 1)))
+    # HOST_PWD and its like name a folder, which stands in every report.
+    secrets = tuple((name, value) for name, value in values if not (value[0] == "/" and os.path.isdir(value)))
+    return _Rules(secrets, tuple(sorted(folder for folder in folders if folder.count("/") and len(folder) > 1)))
 
 
 def _forms_of(value: str) -> Iterator[str]:

@@ -9,7 +9,6 @@ list, nor "1e5" for a commit id. The project's own notebooks are held to their m
 import ast
 import io
 import json
-import re
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import nbformat
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from aiterlab.security import is_secret_name
 from aiterlab.suite.notebook_parameters import MODELS
 from aiterlab.suite.parameter_model import (
     ParameterError,
@@ -30,9 +30,6 @@ from aiterlab.suite.parameter_model import (
 
 PARAMETERS_TAG = "parameters"
 _PLAIN_TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict, "None": None}
-_SECRET_NAME = re.compile(
-    r"(^|_)(token|secret|password|passwd|credentials?|apikey|(api|access|private|auth|secret)_key)$", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def _parameter(statement: ast.stmt, comments: Mapping[int, str]) -> Parameter:
         line = ast.unparse(statement).splitlines()[0]
         raise ParameterError(f"parameters cell, `{line[:80]}`: only lines such as `name: int = 1  # unit, meaning`")
     name, annotation = statement.target.id, ast.unparse(statement.annotation)
-    if _SECRET_NAME.search(name):
+    if is_secret_name(name):
         raise ParameterError(f"{name}: secrets are no parameters, they end up in files; read an environment variable")
     try:
         default = ast.literal_eval(statement.value)
