@@ -294,6 +294,75 @@ def test_records_of_two_notebooks_are_not_comparable(results, capsys):
     assert code == 3 and "not in the second" in out
 
 
+def listed(out):
+    """Return what the lists of a comparison say, without Markdown's signs."""
+    return [line.replace("\\", "").replace("`", "") for line in out.splitlines() if line.startswith("- ")]
+
+
+def fail(run):
+    (run / FIX / "record.json").unlink()
+    add_notebook(run, FIX, "failed", "E: x")
+
+
+def never_begin(run):
+    shutil.rmtree(run / FIX)
+
+
+def break_record(run):
+    (run / FIX / "record.json").write_text("{")
+
+
+def lose_with_the_plan(run):
+    shutil.rmtree(run / FIX)
+    (run / "run.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("lose", "ended", "reason", "found_again"),
+    [
+        (fail, "failed", "record of the second: there is none", "better"),
+        (never_begin, "not run", "record of the second: there is none", "better"),
+        (break_record, "ok", "record of the second: cannot be read (JSONDecodeError)", "same"),
+        (lose_with_the_plan, "absent", "not in the second", "same"),
+    ],
+)
+def test_a_notebook_that_is_lost_is_worse(results, capsys, tmp_path, lose, ended, reason, found_again):
+    lose(add_run(results, "two", [REPRODUCE, FIX]))
+    page = tmp_path / "c.html"
+    code, out, _ = run_compare(results, capsys, "one", "two", "--html", page)
+    assert code == 1 and "**▼ worse: 1 worse, 0 better" in out
+    assert f"| ▼ worse | ending | ok | {ended} | {reason} |" in out and not listed(out)  # one reason is enough
+    (line,) = BeautifulSoup(page.read_text(), "html.parser").find_all("li", class_="worse")
+    assert line.small.string == reason
+    code, out, _ = run_compare(results, capsys, "two", "one")
+    assert code == 0 and f" {found_again}: 0 worse" in out
+    if found_again == "better":
+        assert f"| ▲ better | ending | {ended} | ok |" in out and not listed(out)
+    else:
+        assert listed(out) == [f"- {FIX}: {reason.replace('second', 'first')} (1)"]
+
+
+def test_a_run_that_was_planned_without_a_notebook_has_not_lost_it(results, capsys):
+    add_run(results, "two", [FIX])
+    code, out, _ = run_compare(results, capsys, "one", "two")
+    assert code == 0 and listed(out) == [f"- {REPRODUCE}: not in the second (1)"]
+    for asked in ("two/" + FIX, f"two/{FIX}/record.json"):
+        assert run_compare(results, capsys, "one", asked)[0] == 0
+
+
+def test_copied_records_of_which_one_is_missing_are_worse(results, capsys):
+    for name, stems in (("before", (REPRODUCE, FIX)), ("after", (FIX,))):
+        for stem in stems:
+            (results / name / stem).mkdir(parents=True)
+            (results / name / stem / "record.json").write_text(json.dumps(reference(stem)))
+    code, out, _ = run_compare(results, capsys, "before", "after")
+    assert code == 1 and "| ▼ worse | ending | recorded | absent | not in the second |" in out
+    assert run_compare(results, capsys, "after", "before")[0] == 0
+    add_notebook(results / "two", FIX, "failed", "E: x")
+    code, out, _ = run_compare(results, capsys, f"after/{FIX}", f"two/{FIX}")
+    assert code == 1 and "| ▼ worse | ending | recorded | failed |" in out
+
+
 def test_copies_are_matched_by_the_notebook_that_they_name_whatever_their_folders_are_called(results, capsys):
     for name, record in (("before", reference(FIX)), ("after", changed(reference(FIX), cells_trapped_after=1))):
         (results / "copies" / name / "kept").mkdir(parents=True)

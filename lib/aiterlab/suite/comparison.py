@@ -30,6 +30,7 @@ class Side:
     name: str
     entries: Mapping[str, Entry]
     references: tuple[Mapping[str, Any], ...] = ()  # several machines' records of one notebook; the other side decides
+    by_choice: bool = True  # what it lacks was left out on purpose, by who named it or planned its run
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Notebook:
     """One notebook in both sides."""
 
     stem: str
-    obstacle: str | None = None  # why nothing of it can be compared
+    obstacle: str | None = None  # why nothing of it can be compared, where its ending does not say so
     ending: Ending | None = None
     findings: tuple[str | None, str | None] = (None, None)
     parameters: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -111,8 +112,10 @@ def find_side(name: str, results: Path) -> Side:
         records = sorted(path.glob(f"*/{RECORD_NAME}"))
         if not records:
             raise SourceError(f"{name}: holds neither a run nor a record; name a folder that run_all.py has left")
-        return Side(name, _by_stem(name, [record.parent for record in records]))
-    return Side(run.name, {entry.stem: entry for entry in run.entries})
+        return Side(name, _by_stem(name, [record.parent for record in records]), by_choice=False)
+    # What was planned is among the entries, whatever became of it; without a plan nobody knows what is lacking.
+    planned = isinstance(run.facts.get("notebooks"), list)
+    return Side(run.name, {entry.stem: entry for entry in run.entries}, by_choice=planned)
 
 
 def reference_side(results: Path) -> Side:
@@ -130,22 +133,18 @@ def compare_sides(first: Side, second: Side) -> Comparison:
 
 
 def _compare(stem: str, first: Side, second: Side) -> Notebook:
-    sides = [_entry(stem, side, other) for side, other in ((first, second), (second, first))]
-    older, newer = sides
-    ending = _judge_ending(older, newer)
-    for entry, which, side in ((older, "first", first), (newer, "second", second)):
-        if entry is None:
-            words = "the reference has no record of this class of machine" if side.references else f"not in the {which}"
-            return Notebook(stem, obstacle=words)
-        if entry.record is None:
-            return Notebook(stem, obstacle=f"record of the {which}: {entry.record_problem}", ending=ending)
+    older, newer = (_entry(stem, side, other) for side, other in ((first, second), (second, first)))
+    obstacle = _obstacle(older, "first", first) or _obstacle(newer, "second", second)
+    if obstacle:
+        ending = _judge_record(older, newer, second, obstacle)
+        return Notebook(stem, ending=ending) if ending else Notebook(stem, obstacle, _judge_ending(older, newer))
     before, after = older.record, newer.record
     stems = [text(record.get("stem")) for record in (before, after)]
     if stems[0] != stems[1]:
         return Notebook(stem, obstacle=f"records of two notebooks: {stems[0]} and {stems[1]}")
     return Notebook(
         stem,
-        ending=ending,
+        ending=_judge_ending(older, newer),
         findings=(text(before.get("finding")), text(after.get("finding"))),
         parameters=judgement.changed_parameters(before, after),
         environment=_changed_environment(before, after),
@@ -153,6 +152,30 @@ def _compare(stem: str, first: Side, second: Side) -> Notebook:
         cells=tuple(judgement.judge_cells(before, after)),
         cell_counts=judgement.count_cells(before, after),
     )
+
+
+def _obstacle(entry: Entry | None, which: str, side: Side) -> str | None:
+    if entry is None:
+        return "the reference has no record of this class of machine" if side.references else f"not in the {which}"
+    return f"record of the {which}: {entry.record_problem}" if entry.record is None else None
+
+
+def _judge_record(older: Entry | None, newer: Entry | None, second: Side, reason: str) -> Ending | None:
+    """Judge that only one side has a record: it is lost in the second, unless left out on purpose, or new in it."""
+    if older and older.record is not None and (newer or not second.by_choice):
+        verdict = Verdict.WORSE
+    elif older and not older.ok and newer and newer.record is not None:
+        verdict = Verdict.BETTER
+    else:
+        return None
+    return Ending(_ending_words(older), _ending_words(newer), verdict, reason)
+
+
+def _ending_words(entry: Entry | None) -> str:
+    if entry is None:
+        return "absent"
+    # A record that lies alone does not say how its notebook ended.
+    return "recorded" if entry.record is not None and not entry.status else entry.ending
 
 
 def _judge_ending(older: Entry | None, newer: Entry | None) -> Ending | None:
