@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine, read from the files of drivers and cgroups as they look on other machines."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from aiterlab import host
-from aiterlab.suite import gpus
+from aiterlab.suite import gpus, runs, schedule, status
+from aiterlab.suite.job import Job
 
 INSTINCT = "cpu_cores_count 0\nsimd_count 1216\ngfx_target_version 90402\ndrm_render_minor 128\n"
 SMI = '#!/bin/sh\necho "NVIDIA H200, 143771, 9.0, 580.82.07"\necho "NVIDIA H200, 143771, 9.0, 580.82.07"\n'
@@ -105,6 +108,68 @@ def test_the_limits_of_a_container_are_facts_of_the_machine(system, groups, file
     assert (facts["cpu_limit_cores"], facts["memory_limit_bytes"]) == (cores, memory)
     assert ("memory_limit_bytes" in missing) == (memory is None)
     assert facts["cpu_count"] >= facts["cpu_usable_count"] >= 1 and facts["memory_bytes"] > 2**28
+
+
+STAT = "anon 1\ninactive_file {}\nactive_file 7\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        ("0::/", {"memory.max": "8000", "memory.current": "5000"}, 3000),
+        ("0::/", {"memory.max": "8000", "memory.current": "5000", "memory.stat": STAT.format(4000)}, 7000),
+        ("0::/", {"memory.max": "8000", "memory.current": "9000"}, 0),
+        ("0::/", {"memory.max": "8000"}, 8000),
+        ("0::/", {"memory.max": "20000", "memory.current": "5000"}, 10_000),
+        (
+            "0::/a/b",
+            {"a/memory.max": "9000", "a/memory.current": "8500", "a/b/memory.max": "1000", "a/b/memory.current": "1"},
+            500,
+        ),
+        (
+            "3:memory:/",
+            {
+                "memory/memory.limit_in_bytes": "8000",
+                "memory/memory.usage_in_bytes": "5000",
+                "memory/memory.stat": STAT.format(1) + "total_inactive_file 2000\n",
+            },
+            5000,
+        ),
+        ("", {}, 10_000),
+    ],
+    ids=["a limit", "cached files", "over it", "no use said", "of a larger one", "nested", "version 1", "none"],
+)
+def test_memory_that_is_left_is_the_container_s_where_that_is_less(system, monkeypatch, groups, files, left):
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    write(system, "proc/self/cgroup", groups)
+    for name, text in files.items():
+        write(system, f"sys/fs/cgroup/{name}", text + "\n")
+    assert host.available_memory() == left
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 6)])
+def test_cores_are_the_container_s_where_those_are_fewer(system, monkeypatch, limit, cores):
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(6)))
+    write(system, "proc/self/cgroup", "0::/")
+    write(system, "sys/fs/cgroup/cpu.max", limit)
+    assert host.usable_cores() == cores
+
+
+def test_the_runner_starts_no_more_than_a_container_has_cores_for(system, tmp_path, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(schedule.Graph, "run", lambda graph: graphs.append(graph) or iter(()))
+    write(system, "proc/self/cgroup", "0::/")
+    write(system, "sys/fs/cgroup/cpu.max", "100000 100000")
+    list(runs.run_plans([], runs.Run(tmp_path, "smoke"), print))
+    assert graphs[0].at_once == 2
+
+
+def test_the_runner_starts_nothing_that_a_container_has_no_memory_for(system, tmp_path):
+    write(system, "proc/self/cgroup", "0::/")
+    write(system, "sys/fs/cgroup/memory.max", "1000")
+    node = schedule.Node(Job(tmp_path / "01_a.ipynb", tmp_path, "smoke", {}, {}, 60, {}), memory_bytes=2000)
+    graph = schedule.Graph([node], lambda job: pytest.fail("it was started"), 1, print, lambda *_: None)
+    assert [ending.status for ending in graph.run()] == [status.SKIPPED]
 
 
 @pytest.mark.parametrize("error", [OSError("no answer"), ValueError("an odd node")])

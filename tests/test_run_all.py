@@ -94,6 +94,7 @@ def test_profile_only_and_set_reach_the_notebook(bench):
         (["--set", "workers=2"], "write it as STEM.name=value"),
         (["--set", "01_a.workers"], "write it as STEM.name=value"),
         (["--only", "02_b", "--set", "01_a.workers=2"], "--only leaves 01_a out"),
+        (["--at-once", "-1"], "--at-once: a number of notebooks, or 0 for cores + 1; got -1"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(bench, monkeypatch, argv, said):

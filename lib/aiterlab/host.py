@@ -6,6 +6,7 @@ torch takes seconds; so GPUs are asked through the kernel driver's own files and
 files show the real GPUs, also to a process that runs on a simulated machine.
 """
 
+import math
 import os
 import platform
 import re
@@ -26,12 +27,10 @@ _NO_CGROUP = "no cgroup sets a limit"
 
 def processor(missing: dict[str, str]) -> dict[str, Any]:
     """Return processor, memory and a container's limits; what is not known is null, its reason in `missing`."""
-    # What this process may use: containers and taskset give fewer cores than the machine has.
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     facts = {
         "cpu_model": _cpu_model(),
         "cpu_count": os.cpu_count(),
-        "cpu_usable_count": len(usable) or os.cpu_count(),
+        "cpu_usable_count": _affine_cores(),
         "cpu_limit_cores": _cpu_limit(),
         "memory_bytes": psutil.virtual_memory().total,
         "memory_limit_bytes": _memory_limit(),
@@ -43,6 +42,17 @@ def processor(missing: dict[str, str]) -> dict[str, Any]:
     }
     missing.update({name: reason for name, reason in reasons.items() if facts[name] is None})
     return facts
+
+
+def usable_cores() -> int:
+    """Return how many cores this process can keep busy: those that it may run on, or as many as cgroups give time."""
+    return math.ceil(min(_affine_cores(), _cpu_limit() or math.inf))
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that are left: of the machine, or of the cgroup around this process with the least."""
+    left = [limit - _memory_used(folder) for folder, limit in _memory_limits()]
+    return max(0, min([*left, psutil.virtual_memory().available]))
 
 
 def gpus(missing: dict[str, str]) -> dict[str, Any]:
@@ -141,13 +151,31 @@ def _cpu_model() -> str | None:
     return (found.group(1).strip() if found else platform.processor()) or None
 
 
+def _affine_cores() -> int:
+    """Return how many cores this process may run on: cpusets and taskset give fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _memory_limit() -> int | None:
     """Return the smallest memory limit among this process's cgroup and those around it."""
-    limits = [_read(folder / "memory.max") for folder in _cgroups("")]
-    limits += [_read(folder / "memory.limit_in_bytes") for folder in _cgroups("memory")]
+    return min((limit for _, limit in _memory_limits()), default=None)
+
+
+def _memory_limits() -> list[tuple[Path, int]]:
+    """Return the folder of each such cgroup that has a limit, and the limit."""
+    files = [folder / "memory.max" for folder in _cgroups("")]
+    files += [folder / "memory.limit_in_bytes" for folder in _cgroups("memory")]
+    read = [(file.parent, _read(file)) for file in files]
     # The first version of cgroups says "no limit" by a number close to 2**63.
-    numbers = [int(limit) for limit in limits if limit and limit.isdecimal() and int(limit) < 2**60]
-    return min(numbers, default=None)
+    return [(folder, int(text)) for folder, text in read if text and text.isdecimal() and int(text) < 2**60]
+
+
+def _memory_used(group: Path) -> int:
+    """Return what a cgroup uses, 0 if it does not say; cached files that the kernel drops for whoever asks are free."""
+    used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes") or 0
+    # The last such line is the first version's total, with the cgroups within.
+    dropped = re.findall(r"inactive_file (\d+)", _read(group / "memory.stat") or "") or [0]
+    return int(used) - int(dropped[-1])
 
 
 def _cpu_limit() -> float | None:

@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
     results = options.results or paths.results_dir()
     only = [stem.strip() for names in options.only for stem in names.split(",") if stem.strip()]
     try:
+        if options.at_once < 0:
+            raise ParameterError(f"--at-once: a number of notebooks, or 0 for cores + 1; got {options.at_once}")
         if options.environment and not options.on:
             environment.require(options.environment)
         given = read_parameter_file(options.parameters, [row.stem for row in rows]) if options.parameters else {}

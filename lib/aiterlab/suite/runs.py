@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aiterlab import provenance, records, security
+from aiterlab import host, provenance, records, security
 from aiterlab.suite import gpus, hold, resume, schedule, status, warm, worker
 from aiterlab.suite.executed import EXECUTED_NAME, is_whole
 from aiterlab.suite.job import Job
@@ -207,7 +207,7 @@ def run_plans(
         start: starts a notebook elsewhere, where others see to memory, cores and quiet.
     """
     facts = provenance.collect()
-    limit = at_once or facts["cpu_usable_count"] + 1
+    limit = at_once or host.usable_cores() + 1
     if start is not None:
         # Of this machine nothing counts but the code; a result from elsewhere is not one from here.
         code = {name: value for name, value in facts.items() if name.startswith("git_")}

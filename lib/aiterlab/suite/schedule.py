@@ -16,6 +16,7 @@ from typing import Protocol
 
 import psutil
 
+from aiterlab import host
 from aiterlab.suite import family, gpus, signals, status
 from aiterlab.suite.job import Job
 
@@ -89,7 +90,7 @@ class Graph:
     def run(self) -> Iterator[status.NotebookStatus]:
         """Yield the ending of each notebook as it comes; after an interrupt, of those that had begun."""
         family.adopt_orphans()
-        memory = psutil.virtual_memory().available
+        memory = host.available_memory()
         waiting = list(self.nodes)
         with self._signals():
             while self._running or (waiting and not self._interrupts):
