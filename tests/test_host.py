@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine, read from the files of drivers and cgroups as they look on other machines."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -65,7 +66,7 @@ def test_a_driver_that_does_not_answer_leaves_nulls_with_the_reason(system, tmp_
 def test_amd_gpus_are_read_from_the_kernel_driver(system):
     nodes = "sys/class/kfd/kfd/topology/nodes"
     write(system, f"{nodes}/0/properties", "cpu_cores_count 96\nsimd_count 0\ngfx_target_version 0\n")
-    write(system, f"{nodes}/2/properties", INSTINCT)
+    write(system, f"{nodes}/2/properties", INSTINCT + "unique_id 1311768467463790320\n")
     write(system, f"{nodes}/10/properties", "gfx_target_version 90010\ndrm_render_minor 129\n")
     write(system, "sys/class/drm/renderD128/device/product_name", "AMD Instinct MI300X OAM\n")
     write(system, "sys/class/drm/renderD128/device/mem_info_vram_total", f"{192 * 2**30}\n")
@@ -77,6 +78,7 @@ def test_amd_gpus_are_read_from_the_kernel_driver(system):
         "gpu_architectures": ["gfx942", "gfx90a"],
         "gpu_driver": "amdgpu 6.16.6",
     }
+    assert host.amd_gpus(system)[0]["uuid"] == "GPU-123456789abcdef0"
 
 
 @pytest.mark.parametrize(
@@ -183,3 +185,78 @@ def test_a_driver_that_does_not_answer_offers_no_gpu(monkeypatch, error):
     monkeypatch.setattr(host, "amd_gpus", lambda: [{}, {}])
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
     assert gpus.visible() == ["1"]
+
+
+LISTED = """GPU 0: NVIDIA H200 (UUID: GPU-05355a11-9317)
+GPU 1: NVIDIA H200 (UUID: GPU-77aa0000-0001)
+  MIG 1g.18gb     Device  0: (UUID: MIG-c6d4f1ef-42e4)
+  MIG 1g.18gb     Device  1: (UUID: MIG-cba663e8-9bed)
+"""
+
+
+@pytest.fixture
+def chosen(tmp_path, monkeypatch):
+    """Choose GPUs by variables; nothing of this machine counts."""
+    gpus._nvidia_ids.cache_clear()
+    write(tmp_path, "bin/nvidia-smi", f"#!/bin/sh\ncat <<'END'\n{LISTED}END\n").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(gpus, "_LOCKS", tmp_path)
+
+    def choose(**variables):
+        for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", value)
+        return gpus.visible()
+
+    yield choose
+    gpus._nvidia_ids.cache_clear()
+
+
+def test_an_amd_gpu_has_one_number_however_it_is_chosen(chosen, monkeypatch):
+    monkeypatch.setattr(gpus, "_nvidia", list)
+    monkeypatch.setattr(host, "amd_gpus", lambda: [{"uuid": f"GPU-{number:016x}"} for number in range(4)])
+    assert chosen() == ["0", "1", "2", "3"]
+    assert chosen(ROCR="1") == chosen(ROCR="1", HIP="0") == chosen(HIP="1") == chosen(CUDA="1") == ["1"]
+    assert chosen(ROCR="3,1", HIP="1") == chosen(ROCR="GPU-0000000000000001") == ["1"]
+    assert chosen(ROCR="2,3", CUDA="1") == chosen(HIP="3", CUDA="0") == ["3"]
+    assert chosen(ROCR="1", HIP="1") == chosen(HIP="") == chosen(HIP="-1,0") == chosen(HIP="4") == []
+
+
+def test_an_nvidia_gpu_has_one_number_however_it_is_chosen(chosen, monkeypatch):
+    monkeypatch.setattr(gpus, "_nvidia", lambda: ["4", "5"])  # a container was given these two
+    assert chosen() == chosen(HIP="0") == ["4", "5"]
+    assert chosen(CUDA="1") == chosen(CUDA="GPU-77aa0000-0001") == chosen(CUDA="GPU-77") == ["5"]
+    assert chosen(CUDA="MIG-c6d4f1ef-42e4,MIG-cba663e8-9bed") == ["5"]
+    assert chosen(CUDA="1, 0,-1") == ["5", "4"] and chosen(CUDA="GPU-99") == ["GPU-99"]
+
+
+def test_nvidia_smi_is_asked_for_ids_alone_and_need_not_be_there(chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "_nvidia", lambda: ["0", "1"])
+    (tmp_path / "bin/nvidia-smi").unlink()
+    assert chosen(CUDA="1") == ["1"] and gpus._nvidia_ids.cache_info().misses == 0
+    assert chosen(CUDA="GPU-77aa0000-0001") == ["GPU-77aa0000-0001"]
+
+
+def test_a_gpu_is_locked_for_every_user_and_no_link_is_followed(chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "_nvidia", lambda: ["0", "1", "2"])
+    monkeypatch.setenv("AITERLAB_CACHE", str(tmp_path / "somebody's"))
+    chosen(CUDA="1")
+    before = os.umask(0o077)
+    try:
+        held = gpus.lock()
+    finally:
+        os.umask(before)
+    monkeypatch.setenv("AITERLAB_CACHE", str(tmp_path / "somebody else's"))
+    chosen(CUDA="GPU-77aa0000-0001")
+    assert gpus.lock() is None
+    assert (tmp_path / "aiterlab-gpu-1").stat().st_mode & 0o777 == 0o666
+    held.close()
+    with gpus.lock():
+        chosen(CUDA="0")
+        gpus.lock().close()
+    (tmp_path / "aiterlab-gpu-2").symlink_to(tmp_path / "victim")
+    chosen(CUDA="2")
+    with pytest.raises(OSError, match="symbolic links"):
+        gpus.lock()
+    assert not (tmp_path / "victim").exists()

@@ -141,6 +141,7 @@ def amd_gpus(system: Path = _SYSTEM) -> list[dict[str, Any]]:
                 "memory_bytes": int(memory) if memory else None,
                 "architecture": architecture,
                 "driver": driver,
+                "uuid": f"GPU-{int(told.get('unique_id', 0)):016x}",  # as HIP and ROCR take it
             }
         )
     return found
