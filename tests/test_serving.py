@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import threading
+import urllib.error
+import urllib.request
 
 import psutil
 import pytest
@@ -45,6 +47,24 @@ def test_a_server_listens_on_loopback_alone(server):
     listening = [c.laddr for c in leader.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert (HOST, server.port) in listening
     assert {address.ip for address in listening if address.port == server.port} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [None, "none"], ids=["no key", "another key"])
+def test_a_server_answers_nobody_without_its_key(server, key):
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", b'{"model": "target", "prompt": "a", "max_tokens": 1}', headers
+    )
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10)
+
+
+@pytest.mark.slow
+def test_the_key_of_a_server_is_in_no_command_line_and_no_log(server):
+    leader = psutil.Process(server._process.pid)
+    lines = [word for process in (leader, *leader.children(recursive=True)) for word in process.cmdline()]
+    assert server._key not in " ".join([*lines, *command_line(server.spec, server.port), server.log.read_text()])
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does a user of `vllm serve` get? The same specification behind an HTTP server, asked by the OpenAI client.
 
-The server listens on 127.0.0.1 alone. Its answers carry token ids, so that they can be held against those of an offline
-engine; when they arrive says what a user waits for: the time to the first token, and the time per token after it.
+The server listens on 127.0.0.1 alone, and generates for those alone who know its key. Its answers carry token ids, so
+that they can be held against those of an offline engine; when they arrive says what a user waits for: the time to the
+first token, and the time per token after it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import secrets
 import signal
 import socket
 import sys
@@ -89,6 +91,7 @@ class Server:
         """
         self.spec = resolved(spec)
         self.log = log_file(log_dir, f"serve {spec.name}")
+        self._key = secrets.token_urlsafe()
         self._tries = 1 if port else _PORT_TRIES
         self._process: processes.Process | None = None
         self._channel: socket.socket | None = None
@@ -99,7 +102,8 @@ class Server:
     def _begin(self, port: int) -> None:
         self.port = port
         first = {"run": f"{__name__}:run", "words": command_line(self.spec, port)}
-        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        # Everybody on this machine can read a command line, and reach its loopback.
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_API_KEY": self._key}
         self._process, self._channel, _ = start_child(self.spec, self.log, first, environment)
 
     def __enter__(self) -> Server:
@@ -173,7 +177,7 @@ class Server:
         # A proxy is for other machines, and a request that is sent twice cannot be timed.
         client = openai.OpenAI(
             base_url=f"{self.url}/v1",
-            api_key="none",
+            api_key=self._key,
             max_retries=0,
             timeout=timeout_s or JOB_TIMEOUT_S,
             http_client=openai.DefaultHttpxClient(trust_env=False),
