@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several test files share."""
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -52,6 +54,22 @@ def environment_stays_as_it_is():
     before = {path.name for path in folder.glob("*.dist-info")}
     yield
     assert {path.name for path in folder.glob("*.dist-info")} == before
+
+
+@pytest.fixture
+def small_disk():
+    """Give a context in which no file of this process grows beyond so many bytes, as on a disk that fills up."""
+
+    @contextlib.contextmanager
+    def limited(size_bytes: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

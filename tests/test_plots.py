@@ -116,3 +116,14 @@ def test_a_figure_is_saved_beside_the_record(tmp_path, monkeypatch, rated):
     monkeypatch.setenv(paths.RUN_DIR_VARIABLE, str(tmp_path))
     plots.save(plots.latency(rated, "told"), "04_x", "latency")
     assert (tmp_path / "04_x" / "latency.png").stat().st_size > 10_000
+
+
+def test_a_figure_that_a_full_disk_refuses_leaves_the_old_one(tmp_path, monkeypatch, small_disk, rated):
+    monkeypatch.setenv(paths.RUN_DIR_VARIABLE, str(tmp_path))
+    plots.save(plots.latency(rated, "told"), "04_x", "latency")
+    (written,) = (tmp_path / "04_x").iterdir()
+    before = written.read_bytes()
+    with small_disk(1000), pytest.raises(OSError, match="File too large"):
+        plots.save(plots.latency(rated, "told anew"), "04_x", "latency")
+    assert [*written.parent.iterdir()] == [written]
+    assert written.read_bytes() == before

@@ -169,3 +169,12 @@ def test_lines_that_threads_add_to_a_journal_do_not_mix(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda n: records.append_line(journal, {"n": n, "text": long}), range(40)))
     assert sorted(json.loads(line)["n"] for line in journal.read_text().splitlines()) == list(range(40))
+
+
+def test_a_line_that_a_full_disk_takes_in_part_is_taken_back(tmp_path, small_disk):
+    journal = tmp_path / "journal.jsonl"
+    records.append_line(journal, {"n": 1})
+    with small_disk(100), pytest.raises(OSError, match="File too large"):
+        records.append_line(journal, {"n": 2, "text": "x" * 200})
+    records.append_line(journal, {"n": 3})
+    assert [json.loads(line) for line in journal.read_text().splitlines()] == [{"n": 1}, {"n": 3}]

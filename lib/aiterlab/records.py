@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ UNFIT_NAME = "record.unfit.json"
 FULL = "full"  # the profile whose numbers are quoted: each must say where it comes from
 _KEY = re.compile(r"[a-z][a-z0-9_]*")
 _ADDED_KEYS = ("stem", "parameters", "provenance")
+_APPENDING = threading.Lock()  # a journal belongs to one process
 
 
 class RecordError(ValueError):
@@ -105,10 +107,16 @@ def dump_json(value: Any) -> str:
 
 
 def append_line(path: Path | str, row: Mapping[str, Any]) -> None:
-    """Add one JSON object to a journal as a line: one write, so that lines of several threads never mix."""
-    line = json.dumps(scrub_tree(row)) + "\n"
-    with open(path, "ab", buffering=0) as journal:
-        journal.write(line.encode("utf-8"))
+    """Add one JSON object to a journal as a line, the whole of it or nothing; lines of several threads never mix."""
+    rest = (json.dumps(scrub_tree(row)) + "\n").encode("utf-8")
+    with _APPENDING, open(path, "ab", buffering=0) as journal:
+        before = os.fstat(journal.fileno()).st_size
+        try:
+            while rest:  # a disk that fills up takes a part, and refuses the next
+                rest = rest[journal.write(rest) :]
+        except BaseException:
+            journal.truncate(before)
+            raise
 
 
 def scrub_file(path: Path) -> None:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import io
+
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aiterlab import paths
+from aiterlab import paths, records
 
 INK = "#222222"
 FAINT = "#777777"
@@ -26,7 +28,9 @@ PROVIDERS = {
 
 def save(fig: Figure, stem: str, name: str) -> Figure:
     """Write `fig` as a PNG beside the record of notebook `stem` and hand it back to be shown."""
-    fig.savefig(paths.output_dir(stem) / f"{name}.png", dpi=150, bbox_inches="tight", facecolor="white")
+    data = io.BytesIO()
+    fig.savefig(data, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+    records.atomic_write_bytes(paths.output_dir(stem) / f"{name}.png", data.getvalue())
     plt.close(fig)  # the notebook shows it once, where it says so
     return fig
 
