@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lab lint format setup clean
+.PHONY: help run test cluster lab lint format setup clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +22,12 @@ run: setup ## run every notebook, results under results/latest (ARGS="--profile 
 
 test: setup ## run the tests (ARGS="-k policy" for some of them)
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+# Beside the environment, not in it: where vLLM finds Ray it imports it, in every process of every probe and engine.
+cluster: setup ## run the tests that need a Ray cluster, with a Ray that is deleted afterwards
+	@ray=$$(mktemp -d); trap 'rm -rf "$$ray"' EXIT; \
+	$(VENV)/bin/python -m pip install -qq --no-deps --target "$$ray" ray==2.60.0 msgpack==1.2.4; \
+	PYTHONPATH=$$ray $(VENV)/bin/python -m pytest tests/test_cluster.py
 
 lab: setup ## open the notebooks in JupyterLab, reachable from this machine only (PORT=8888)
 	@$(VENV)/bin/python -m aiterlab.suite.lab --port=$(PORT) $(ARGS)

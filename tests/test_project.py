@@ -156,7 +156,8 @@ def test_stripping_keeps_tags_and_ids_and_drops_outputs(tmp_path):
     assert subprocess.run([*command, "--verify", path], check=False).returncode == 0
 
 
-def test_workflow_pins_its_actions_and_takes_no_permission():
+def test_workflow_pins_its_actions_and_takes_no_permission_that_it_does_not_need():
+    writes = {"comment.yml": {"actions": "read", "contents": "read", "pull-requests": "write"}}
     for path in sorted((ROOT / ".github/workflows").glob("*.yml")):
         text = path.read_text()
         uses = re.findall(r"uses:\s*(\S+)(.*)", text)
@@ -165,9 +166,27 @@ def test_workflow_pins_its_actions_and_takes_no_permission():
             assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", action), f"{path.name}: {action} is not pinned"
             assert re.fullmatch(r" # v\d+\.\d+\.\d+", comment), f"{path.name}: {action} does not say its version"
         workflow = yaml.safe_load(text)
-        assert workflow["permissions"] == {"contents": "read"}
+        assert workflow["permissions"] == writes.get(path.name, {"contents": "read"})
+        assert "pull_request_target" not in text
         assert "concurrency" in workflow
         assert all("timeout-minutes" in job and "permissions" not in job for job in workflow["jobs"].values())
+
+
+def test_the_workflow_that_may_write_runs_nothing_of_a_pull_request():
+    comment = yaml.safe_load((ROOT / ".github/workflows/comment.yml").read_text())
+    assert comment[True] == {"workflow_run": {"workflows": ["ci"], "types": ["completed"]}}  # YAML's `on` is true
+    checkout, script = comment["jobs"]["comment"]["steps"]
+    assert not {"ref", "repository"} & set(checkout["with"])  # of this event, that is the default branch
+    assert checkout["with"]["persist-credentials"] is False
+    assert script["run"] == "python3 .ci/comment.py"
+
+
+def test_ci_runs_the_tests_that_need_ray():
+    pin = re.search(r"\bray==(\S+)", (ROOT / "Makefile").read_text()).group(1)
+    assert f"ray>={pin.rpartition('.')[0]}" in PYPROJECT["project"]["optional-dependencies"]["ray"]
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["cpu"]["steps"]
+    assert "make cluster" in [step.get("run") for step in steps]
+    assert "\nmake cluster\n" in (ROOT / ".ci/run").read_text()
 
 
 def run_install(*, python: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:

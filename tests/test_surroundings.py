@@ -13,6 +13,7 @@ import yaml
 
 from aiterlab import leaks, provenance
 from aiterlab.security import is_secret_name
+from aiterlab.suite import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, ROCM = ROOT / ".devcontainer/devcontainer.json", ROOT / ".devcontainer/rocm/devcontainer.json"
@@ -105,17 +106,27 @@ def test_steps_name_what_exists(step, job):
         assert name in ids
 
 
-def test_results_are_uploaded_only_after_the_gate_and_one_page_unzipped():
-    for path in WORKFLOWS:
-        for job in yaml.safe_load(path.read_text())["jobs"].values():
-            steps = job["steps"]
-            gate = next(place for place, step in enumerate(steps) if step.get("id") == "leaks")
-            uploads = [(place, step) for place, step in enumerate(steps) if "upload-artifact" in step.get("uses", "")]
-            assert all(place > gate and "steps.leaks.outcome == 'success'" in step["if"] for place, step in uploads)
-            pages = [step["with"]["path"] for _, step in uploads if step["with"].get("archive") is False]
-            assert [page.rpartition("/")[2] for page in pages] == ["index.html"]
-            summary = next(step["run"] for step in steps if "GITHUB_STEP_SUMMARY" in step.get("run", ""))
-            assert int(re.search(r"head -c (\d+)", summary).group(1)) < 2**20
+@pytest.mark.parametrize("path", [path for path in WORKFLOWS if "upload-artifact" in path.read_text()], ids=str)
+def test_results_are_uploaded_only_after_the_gate_and_one_page_unzipped(path):
+    for job in yaml.safe_load(path.read_text())["jobs"].values():
+        steps = job["steps"]
+        gate = next(place for place, step in enumerate(steps) if step.get("id") == "leaks")
+        uploads = [(place, step) for place, step in enumerate(steps) if "upload-artifact" in step.get("uses", "")]
+        assert all(place > gate and "steps.leaks.outcome == 'success'" in step["if"] for place, step in uploads)
+        pages = [step for _, step in uploads if step["with"].get("archive") is False]
+        assert [page["with"]["path"].rpartition("/")[2] for page in pages] == [summary.INDEX_NAME]
+        # A page that is uploaded alone links to what it lay beside: both are named together.
+        folder = pages[0]["with"]["path"].rpartition("/")[0]
+        (whole,) = (step for _, step in uploads if step["with"]["path"] == folder)
+        told = next(step for step in steps if {pages[0]["id"], whole["id"]} == _artifacts(step))
+        assert {f"${name}" for name in told["env"]} == set(re.findall(r"\$[A-Z]+(?=\))", told["run"]))
+        assert any(f"cat results/latest/{summary.SUMMARY_NAME}" in step.get("run", "") for step in steps)
+    assert summary.LIMIT_BYTES < 2**20  # GitHub drops a longer one without a word
+
+
+def _artifacts(step: dict) -> set[str]:
+    """Return the steps whose artifact's address a step is given."""
+    return set(re.findall(r"steps\.(\w+)\.outputs\.artifact-url", json.dumps(step.get("env", {}))))
 
 
 def test_every_hook_starts_something_that_exists():
