@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the runner costs, and what it saves: beside nbclient alone, and beside papermill on the same notebooks.
 
-    python -m aiterlab.suite.benchmark            cost per notebook and per cell, about a minute
+    python -m aiterlab.suite.benchmark            cost of the command, per notebook and per cell, some minutes
     python -m aiterlab.suite.benchmark --whole    also every notebook at profile standard, both ways, in turns: an hour
+
+A notebook costs what the whole command takes longer with one more of them: the fork of its kernel, its report and its
+part of the bundle are in it. What is left is the command's own start and end.
 
 Every comparison is made in turns in one session, on results folders of their own, with the same downloads. The record
 goes to `results/interactive/runner/record.json`.
@@ -11,7 +14,6 @@ goes to `results/interactive/runner/record.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -26,10 +28,10 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 from aiterlab import paths, records
-from aiterlab.suite import runs
 
 STEM = "runner"
-CELLS = 100
+NOTEBOOKS, CELLS = 4, 100
+SHAPES = {"one": (1, 1), "several": (NOTEBOOKS, 1), "long": (NOTEBOOKS, 1 + CELLS)}  # notebooks, and cells of each
 GOALS = {"whole_ratio": 0.6, "single_ratio": 1.05, "overhead_notebook_s": 0.5, "overhead_cell_s": 0.005}
 _OTHERS = """
 import sys
@@ -43,25 +45,24 @@ _PARAMETERS = "count: int = 1  # notebooks are told apart by nothing else"
 
 
 def overhead(folder: Path, turns: int) -> dict[str, list[float]]:
-    """Time notebooks of one cell and of many under nbclient alone and under the runner, in turns.
+    """Time notebooks that do nothing, one after another, under nbclient alone and under the whole command, in turns.
 
     Returns:
-        Seconds of every turn: `{nbclient,runner}_{one,many}_s` for a notebook, and `command_s` for the whole command.
+        Seconds of every turn: `{nbclient,command}_{one,several,long}_s`.
     """
     seconds: dict[str, list[float]] = {}
-    for kind, cells in (("one", 1), ("many", 1 + CELLS)):
-        _write(folder / "notebooks" / f"01_{kind}.ipynb", cells)
+    for shape, (notebooks, cells) in SHAPES.items():
+        for number in range(notebooks):
+            _write(folder / shape / f"{number:02}_nothing.ipynb", cells)
     for _ in range(turns):
-        for kind in ("one", "many"):
-            notebook = nbformat.read(folder / "notebooks" / f"01_{kind}.ipynb", as_version=4)
+        for shape in SHAPES:
             began = time.monotonic()
-            NotebookClient(notebook, kernel_name="python3").execute()
-            seconds.setdefault(f"nbclient_{kind}_s", []).append(time.monotonic() - began)
+            for path in (folder / shape).iterdir():
+                NotebookClient(nbformat.read(path, as_version=4), kernel_name="python3").execute()
+            seconds.setdefault(f"nbclient_{shape}_s", []).append(time.monotonic() - began)
             began = time.monotonic()
-            run = _run_all(["--only", f"01_{kind}"], folder / "results", folder / "notebooks")
-            seconds.setdefault(f"command_{kind}_s", []).append(time.monotonic() - began)
-            ending = json.loads((run / f"01_{kind}" / "status.json").read_text())
-            seconds.setdefault(f"runner_{kind}_s", []).append(ending["seconds"])
+            _run_all(["--at-once", "1"], folder / "results", folder / shape)
+            seconds.setdefault(f"command_{shape}_s", []).append(time.monotonic() - began)
     return seconds
 
 
@@ -96,10 +97,12 @@ def summary(measured: dict[str, list[float]]) -> dict[str, float]:
     """Return what the goals are about, from medians of the turns; what was not measured is absent."""
     middle = {name: statistics.median(values) for name, values in measured.items()}
     found = {}
-    if "runner_one_s" in middle:
-        found["overhead_notebook_s"] = middle["runner_one_s"] - middle["nbclient_one_s"]
-        ours, plain = (middle[f"{who}_many_s"] - middle[f"{who}_one_s"] for who in ("runner", "nbclient"))
-        found["overhead_cell_s"] = (ours - plain) / CELLS
+    if "command_one_s" in middle:
+        notebook_s, cell_s = _each(middle, "command")
+        plain_notebook_s, plain_cell_s = _each(middle, "nbclient")
+        found["command_start_s"] = middle["command_one_s"] - notebook_s
+        found["overhead_notebook_s"] = notebook_s - plain_notebook_s
+        found["overhead_cell_s"] = cell_s - plain_cell_s
     for name in ("whole", "single"):
         if f"{name}_runner_s" in middle:
             found[f"{name}_ratio"] = middle[f"{name}_runner_s"] / middle[f"{name}_papermill_s"]
@@ -128,10 +131,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 measured |= {f"{what}_{key}": values for key, values in found.items()}
     said = summary(measured)
     for name, value in said.items():
-        verdict = "reached" if value <= GOALS[name] else "missed"
-        print(f"{name}: {value:.4g} (goal: at most {GOALS[name]:g}, {verdict})")
+        goal = GOALS.get(name)
+        verdict = "" if goal is None else f" (goal: at most {goal:g}, {'reached' if value <= goal else 'missed'})"
+        print(f"{name}: {value:.4g}{verdict}")
     record = {"finding": "; ".join(f"{name} {value:.3g}" for name, value in said.items()), **said, **measured}
     print(records.save_record(STEM, record, parameters=vars(options)))
+
+
+def _each(seconds: dict[str, float], who: str) -> tuple[float, float]:
+    """Return what one notebook more takes, and one cell more."""
+    one, several, long = (seconds[f"{who}_{shape}_s"] for shape in SHAPES)
+    return (several - one) / (NOTEBOOKS - 1), (long - several) / (NOTEBOOKS * CELLS)
 
 
 def _write(path: Path, cells: int) -> None:
@@ -142,12 +152,11 @@ def _write(path: Path, cells: int) -> None:
     nbformat.write(notebook, path)
 
 
-def _run_all(arguments: list[str], results: Path, notebooks: Path | None = None) -> Path:
-    """Run the command line in a process of its own, on the project's notebooks or others; returns the run's folder."""
+def _run_all(arguments: list[str], results: Path, notebooks: Path | None = None) -> None:
+    """Run the command line in a process of its own, on the project's notebooks or others."""
     program = [str(paths.project_root() / "run_all.py")] if notebooks is None else ["-c", _OTHERS, str(notebooks)]
     command = [sys.executable, *program, *arguments, "--results", str(results)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=paths.project_root())
-    return (results / runs.LATEST_NAME).resolve()
 
 
 if __name__ == "__main__":
