@@ -12,6 +12,7 @@ from suite_runs import REFERENCE, add_notebook, add_run, reference
 from aiterlab import paths, records
 from aiterlab.suite import metrics, samples, schema
 from aiterlab.suite.metrics import observe
+from aiterlab.suite.results import read_run
 
 REPRODUCE, FIX = "01_reproduce_regression", "02_apply_fix"
 KERNELS, SPEC = "04_run_attention_kernels", "05_run_eagle_spec_decode"
@@ -19,7 +20,7 @@ RECORDS = sorted(REFERENCE.rglob("record.json"))
 
 
 def read_samples(run):
-    return pd.read_csv(samples.write_samples(run), dtype=str, keep_default_na=False)
+    return pd.read_csv(samples.write_samples(read_run(run)), dtype=str, keep_default_na=False)
 
 
 def test_every_raw_sample_is_one_row(tmp_path):
@@ -54,7 +55,7 @@ def test_a_missing_sample_is_empty_and_has_a_reason(tmp_path):
 def test_words_with_commas_and_line_breaks_stay_one_field(tmp_path):
     record = {"stem": KERNELS, "timings": [{"workload": 'a,"b"\nc', "median_us": 1.5, "samples_us": [1.5]}]}
     run = add_run(tmp_path, "one", [KERNELS], _04=record)
-    with open(samples.write_samples(run), newline="") as file:
+    with open(samples.write_samples(read_run(run)), newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["metric"] == "latency")
     assert row["workload"] == 'a,"b"\nc' and row["value"] == "1.5"
 

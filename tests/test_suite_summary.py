@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from suite_runs import HOSTILE, REFERENCE, add_notebook, add_run, changed, reference
 
-from aiterlab.suite import bundle, pages, summary
+from aiterlab.suite import bundle, summary
 from aiterlab.suite.markdown import bullets, compose, escape, link, table
 from aiterlab.suite.metrics import METRICS
 
@@ -52,7 +52,8 @@ def test_the_summary_says_the_verdict_first_then_findings_changes_endings_metric
     worse = changed(reference(FIX), cells_trapped_after=1)
     run = add_run(tmp_path, "one", [REPRODUCE, FIX], _02=worse)
     add_notebook(run, KERNELS, "out-of-memory", "the kernel took 7.6 of 8 GiB", error_cell=2)
-    text = summary.write_summary(run).read_text()
+    bundle.write_bundle(run)
+    text = (run / summary.SUMMARY_NAME).read_text()
     assert text.splitlines()[0] == (
         "# 2 of 3 notebooks ok; 1 out-of-memory: 04_run_attention_kernels (the kernel took 7.6 of 8 GiB); "
         "1 worse than the reference"
@@ -153,7 +154,8 @@ def test_a_huge_run_stays_under_64_kb(tmp_path):
         folder = run / f"{index:03d}_{'n' * 80}"
         folder.mkdir()
         (folder / "status.json").write_text(json.dumps({"status": "failed", "reason": "é" * 5_000}))
-    text = summary.write_summary(run).read_text()
+    bundle.write_bundle(run)
+    text = (run / summary.SUMMARY_NAME).read_text()
     assert len(text.encode()) <= 64_000 and "Cut here" in text
 
 
@@ -240,7 +242,8 @@ def test_no_file_of_a_run_can_keep_its_pages_from_being_written(tmp_path_factory
 
 def test_the_index_shows_figures_small_with_their_description_and_leads_to_the_report(tmp_path):
     run = add_run(tmp_path, "one", [FIX])
-    page = BeautifulSoup(pages.write_index(run).read_text(), "html.parser")
+    bundle.write_bundle(run)
+    page = BeautifulSoup((run / summary.INDEX_NAME).read_text(), "html.parser")
     (image,) = page.select(".figures img")
     assert image["alt"] == "Error by provider" and image["src"].startswith("data:image/png;base64,")
     assert image.parent["href"] == f"{FIX}/report.html#cell-3"

@@ -3,11 +3,11 @@
 
 from pathlib import Path
 
-from aiterlab.suite.pages import write_index_of
+from aiterlab.suite.pages import write_index
 from aiterlab.suite.results import read_run
-from aiterlab.suite.samples import write_samples_of
+from aiterlab.suite.samples import write_samples
 from aiterlab.suite.schema import write_schema
-from aiterlab.suite.summary import against_reference, write_summary_of
+from aiterlab.suite.summary import against_reference, write_summary
 
 
 def write_bundle(run_dir: Path | str, results: Path | None = None) -> list[Path]:
@@ -19,8 +19,8 @@ def write_bundle(run_dir: Path | str, results: Path | None = None) -> list[Path]
     run = read_run(run_dir)
     comparison = against_reference(run, results)
     return [
-        write_samples_of(run),
+        write_samples(run),
         write_schema(run.folder),
-        write_summary_of(run, comparison),
-        write_index_of(run, comparison),
+        write_summary(run, comparison),
+        write_index(run, comparison),
     ]

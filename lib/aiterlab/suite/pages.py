@@ -22,13 +22,12 @@ from aiterlab.suite import changes, status, wording
 from aiterlab.suite.comparison import Comparison
 from aiterlab.suite.executed import EXECUTED_NAME
 from aiterlab.suite.report import REPORT_NAME
-from aiterlab.suite.results import Entry, Run, number, read_json, read_run, text
+from aiterlab.suite.results import Entry, Run, number, read_json, text
 from aiterlab.suite.samples import SAMPLES_NAME
 from aiterlab.suite.schema import SCHEMA_NAME
 from aiterlab.suite.summary import (
     INDEX_NAME,
     SUMMARY_NAME,
-    against_reference,
     found_by,
     key_metrics,
     verdict_of,
@@ -49,13 +48,7 @@ class Figure:
     target: str
 
 
-def write_index(run_dir: Path | str, results: Path | None = None) -> Path:
-    """Write `index.html` into the run's folder; `results` is where `reference/` lies, by default the project's own."""
-    run = read_run(run_dir)
-    return write_index_of(run, against_reference(run, results))
-
-
-def write_index_of(run: Run, comparison: Comparison | None) -> Path:
+def write_index(run: Run, comparison: Comparison | None) -> Path:
     """Write `index.html` of a run that has been read and compared."""
     return atomic_write_text(run.folder / INDEX_NAME, index_page(run, comparison))
 

@@ -13,20 +13,15 @@ from pathlib import Path
 from aiterlab.records import atomic_write_text
 from aiterlab.security import scrub
 from aiterlab.suite.metrics import METRICS, Observation, metrics_of, observe
-from aiterlab.suite.results import Entry, Run, number, read_run, text
+from aiterlab.suite.results import Entry, Run, number, text
 
 SAMPLES_NAME = "samples.csv"
 LABELS = tuple(dict.fromkeys(["cell", *(label for metric in METRICS if metric.listed for label in metric.labels)]))
 COLUMNS = ("stem", "metric", "unit", *LABELS, "sample", "value", "reason")
 
 
-def write_samples(run_dir: Path | str) -> Path:
-    """Write `samples.csv` into the run's folder; a broken or unfinished run gives the rows that there are."""
-    return write_samples_of(read_run(run_dir))
-
-
-def write_samples_of(run: Run) -> Path:
-    """Write `samples.csv` of a run that has been read."""
+def write_samples(run: Run) -> Path:
+    """Write `samples.csv` of a run that has been read; a broken or unfinished run gives the rows that there are."""
     whole = io.StringIO()
     writer = csv.writer(whole, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -14,7 +14,7 @@ from aiterlab.suite.comparison import Comparison, Side, compare_sides, reference
 from aiterlab.suite.judgement import Verdict
 from aiterlab.suite.markdown import Block, bullets, compose, escape, link, table
 from aiterlab.suite.metrics import Metric, Observation, case_words, metrics_of, observe
-from aiterlab.suite.results import Entry, Run, read_run, text
+from aiterlab.suite.results import Entry, Run, text
 from aiterlab.suite.samples import SAMPLES_NAME
 from aiterlab.suite.schema import SCHEMA_NAME
 from aiterlab.suite.wording import (
@@ -48,13 +48,7 @@ class KeyMetric:
     more: int
 
 
-def write_summary(run_dir: Path | str, results: Path | None = None) -> Path:
-    """Write `summary.md` into the run's folder; `results` is where `reference/` lies, by default the project's own."""
-    run = read_run(run_dir)
-    return write_summary_of(run, against_reference(run, results))
-
-
-def write_summary_of(run: Run, comparison: Comparison | None) -> Path:
+def write_summary(run: Run, comparison: Comparison | None) -> Path:
     """Write `summary.md` of a run that has been read and compared."""
     return atomic_write_text(run.folder / SUMMARY_NAME, scrub(summarize(run, comparison)))
 
