@@ -320,6 +320,29 @@ def test_aiters_stand_ins_for_nvidia_are_installed_only_there_and_drop_only_amds
     assert launched == [{"num_warps": 4, "BLOCK": 64}, {"num_warps": 4, "waves_per_eu": 2, "BLOCK": 64}, options]
 
 
+# What a notebook's cell would show under its answers.
+HEARD = """
+import contextlib, io, logging, warnings
+warnings.simplefilter("ignore")
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    from aiterlab.attention import providers
+    providers.enter()
+    from aiterlab.attention.workloads import Workload
+    from aiterlab.measure.checks import check
+    w = Workload("decode", "decode", ((16, 1),), 4, 2, 64, dtype="float16")
+    outcomes = {i.provider: check(i, w.make(1)).outcome for i in providers.implementations() if i.supports(w)}
+    logging.getLogger("aiter").warning("of something else")
+assert {outcomes["aiter_triton"], outcomes["vllm_triton"]} == {"ok"}, outcomes
+print(said.getvalue())
+"""
+
+
+@pytest.mark.slow
+def test_a_simulated_machine_does_not_say_that_it_is_one_between_the_answers(run_python):
+    assert run_python(HEARD).strip() == "[aiter] of something else"
+
+
 def test_a_machine_of_its_own_is_not_mistaken_for_another(monkeypatch):
     at(monkeypatch, "simulated", "gfx942")
     with pytest.raises(RuntimeError, match="this process already runs on"):

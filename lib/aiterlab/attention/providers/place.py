@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from importlib.resources import files
 from importlib.util import find_spec
 from typing import Literal
 
@@ -21,6 +24,8 @@ _VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "aiterlab_simulated_rocm",  # the machine's platform, and no plugin that belongs to another vLLM
 }
+# What the libraries' loggers say of a machine that is described and not there. Records have it from the ledger.
+_OF_THE_SIMULATION = {"aiter": "<simulated JIT build>", "vllm._aiter_ops": "Could not locate PyTorch's HIP runtime"}
 
 
 @dataclass(frozen=True)
@@ -140,12 +145,19 @@ def _simulate(machine: Machine) -> None:
     from aiterlab.machines import simulation
 
     simulation.install(machine)
+    os.environ.setdefault("ROCM_HOME", str(files("aiterlab.machines")))  # whose bin has the machine's tools
+    for name, words in _OF_THE_SIMULATION.items():
+        logging.getLogger(name).addFilter(partial(_is_about_something_else, words))
     if find_spec("vllm") is not None:
         from aiterlab.trees import tree
 
         # vLLM's CPU build switches Triton off by the name of its version; as a tree, it has no such name.
         sys.path.insert(0, str(tree.get("installed").folder))
     ledger.stood_in(f"{ARCHITECTURES[machine.arch].product} simulated: Triton kernels run in its interpreter")
+
+
+def _is_about_something_else(words: str, record: logging.LogRecord) -> bool:
+    return words not in record.getMessage()
 
 
 def _interpret() -> None:
