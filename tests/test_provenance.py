@@ -230,6 +230,8 @@ GPU |= {"gpu_runtime": "CUDA 13.0"}
         (GPU, ["gpu_driver (not recorded)"]),
         (GPU | {"gpu_runtime": None}, []),  # a GPU that this torch cannot use
         (GPU | {"gpu_driver": "x", "accelerators": None}, ["accelerators (not recorded)"]),
+        ({"machine_simulated": False}, []),
+        ({"machine_simulated": None}, ["machine_simulated (not recorded)"]),
     ],
 )
 def test_a_full_run_must_be_able_to_say_where_it_ran(change, missing):
@@ -256,12 +258,16 @@ def test_what_the_notebook_alone_knows_is_lifted_from_its_record():
 def test_switches_are_recorded_secrets_masked_and_the_rest_left_out(monkeypatch):
     monkeypatch.setenv("VLLM_ROCM_USE_AITER", "0")
     monkeypatch.setenv("VLLM_API_KEY", "x")
+    monkeypatch.setenv("HF_TOKEN", "x")
     monkeypatch.setenv("OTHER_THING", "1")
+    for name in ("HF_HUB_OFFLINE", "MKL_NUM_THREADS", "ROCM_PATH"):
+        monkeypatch.setenv(name, "1")
     for name in ("HSA_XNACK", "ROCR_VISIBLE_DEVICES", "NCCL_DEBUG", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "2")
     environment = collect()["environment"]
     assert environment["VLLM_ROCM_USE_AITER"] == "0"
-    assert environment["VLLM_API_KEY"] == provenance.MASK
+    assert environment["VLLM_API_KEY"] == environment["HF_TOKEN"] == provenance.MASK
+    assert environment["HF_HUB_OFFLINE"] == environment["MKL_NUM_THREADS"] == environment["ROCM_PATH"] == "1"
     assert "OTHER_THING" not in environment
     assert environment["HSA_XNACK"] == environment["CUDA_VISIBLE_DEVICES"] == environment["NCCL_DEBUG"] == "2"
 

@@ -89,6 +89,13 @@ def test_a_full_run_that_cannot_say_where_it_ran_keeps_its_data_beside(run_dir, 
     assert [path.name for path in (run_dir / "01_x").iterdir()] == ["record.json"]
 
 
+def test_a_full_record_says_whether_its_machine_was_simulated(run_dir):
+    with pytest.raises(RecordError, match=r"machine_simulated \(the record does not say\)") as caught:
+        save_record("01_x", {"latency_ms": 1.5}, parameters={"profile": "full"})
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (run_dir / "01_x").iterdir()] == ["record.unfit.json"]
+
+
 def test_a_record_says_what_the_notebook_alone_knows(run_dir):
     path = save_record("01_x", {"machine_simulated": True}, parameters={"seed": 7})
     facts = load_record(path)["provenance"]

@@ -45,18 +45,22 @@ PACKAGES = (
     "jupyter-client",
     "pydantic",
 )
+# AITER's switches and vLLM's are environment variables, and so are those of every layer below them.
 ENVIRONMENT_PREFIXES = (
     "AITER_",
     "AITERLAB_",
     "CUDA_",
     "FLASH_ATTENTION_",
     "GPU_ARCHS",
+    "HF_",
     "HIP_",
     "HSA_",
+    "MKL_",
     "NCCL_",
     "OMP_",
     "PYTORCH_",
     "RCCL_",
+    "ROCM_",
     "ROCR_",
     "TORCH_",
     "TRITON_",
@@ -133,6 +137,8 @@ def missing_for_full(facts: Mapping[str, Any]) -> list[str]:
     needed = list(_NEEDED_FOR_FULL)
     if facts.get("git_dirty"):
         needed.append("git_diff_sha256")
+    if "machine_simulated" in facts:  # of a notebook that has ended, which `resolved` has been asked about
+        needed.append("machine_simulated")
     # torch that was built without a GPU leaves the machine's GPUs alone
     if facts.get("gpu_runtime") and facts.get("accelerators") != []:
         needed += _NEEDED_OF_A_GPU

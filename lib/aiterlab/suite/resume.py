@@ -17,8 +17,6 @@ from aiterlab import paths, provenance, records
 from aiterlab.suite import status
 from aiterlab.suite.job import Job
 
-# AITER's switches and vLLM's are environment variables, and so are those of every layer below them.
-PREFIXES = (*provenance.ENVIRONMENT_PREFIXES, "HF_", "MKL_", "ROCM_")
 _OUTSIDE = ("path:", "file:", "installed", "/", "./", "../", "~")
 _MACHINE = ("platform", "cpu_model", "cpu_usable_count", "memory_bytes", "accelerators", "python")
 
@@ -37,7 +35,11 @@ def key(job: Job, reads: Sequence[str], needs: Sequence[status.NotebookStatus]) 
         "notebook": _source(job.notebook),
         "library": _folder(str(Path(__file__).parents[1])),
         "parameters": dict(job.parameters),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(provenance.ENVIRONMENT_PREFIXES)
+        },
         "packages": _packages(),
         "machine": {name: job.provenance.get(name) for name in _MACHINE},
         "files read": [_folder(str(paths.project_root() / folder)) for folder in reads],
