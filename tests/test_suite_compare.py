@@ -350,6 +350,40 @@ def test_a_run_that_was_planned_without_a_notebook_has_not_lost_it(results, caps
         assert run_compare(results, capsys, "one", asked)[0] == 0
 
 
+def test_a_notebook_without_the_record_that_the_reference_of_its_machine_has_is_worse(results, capsys):
+    shutil.copytree(REFERENCE, results / "reference")
+    fail(results / "one")
+    code, out, _ = run_compare(results, capsys, "reference", "one")
+    assert code == 1 and "| ▼ worse | ending | ok | failed | record of the second: there is none |" in out
+    code, out, _ = run_compare(results, capsys, "one", "reference")
+    assert code == 0 and "| ▲ better | ending | failed | ok |" in out
+    # On a processor nobody expects the record of a GPU.
+    add_notebook(results / "two", KERNELS, "failed", "E: x")
+    assert run_compare(results, capsys, "reference", "two")[0] == 3
+    machine = reference(KERNELS, H200)["provenance"]
+    add_notebook(results / "two", KERNELS, "failed", "E: x", provenance=machine)
+    assert run_compare(results, capsys, "reference", "two")[0] == 1
+    planned = {"notebooks": [KERNELS], "provenance": machine}
+    (results / "three").mkdir()
+    (results / "three" / "run.json").write_text(json.dumps(planned))
+    code, out, _ = run_compare(results, capsys, "reference", "three")
+    assert code == 1 and "| ▼ worse | ending | ok | not run |" in out
+
+
+def test_a_notebook_that_fails_after_its_record_is_worse_than_the_reference(results, capsys):
+    shutil.copytree(REFERENCE, results / "reference")
+    add_notebook(results / "one", FIX, "failed", "E: x", record=reference(FIX))
+    code, out, _ = run_compare(results, capsys, "reference", "one")
+    assert code == 1 and "| ▼ worse | ending | ok | failed | how the run ended |" in out and "229 of 229" in out
+
+
+def test_a_run_of_some_notebooks_is_held_against_no_more_of_the_reference(results, capsys):
+    shutil.copytree(REFERENCE, results / "reference")
+    add_run(results, "two", [FIX])
+    code, out, _ = run_compare(results, capsys, "reference", "two")
+    assert code == 0 and "= same: 0 worse" in out and not listed(out)
+
+
 def test_copied_records_of_which_one_is_missing_are_worse(results, capsys):
     for name, stems in (("before", (REPRODUCE, FIX)), ("after", (FIX,))):
         for stem in stems:

@@ -26,6 +26,9 @@ earlier one: "worse" says that B is.
 a number has changed if the medians lie further apart than the metric's tolerance and their intervals from the 20th
 to the 80th percentile do not meet; times of different machines are never compared, answers and counts are.
 
+a notebook of which A has a record and B has none is worse; what B was planned without, such as by --only, is not
+compared. that both ended alike, well or badly, says nothing.
+
 examples:
   python run_all.py compare reference latest
   python run_all.py compare results/20261127T100000Z-standard latest --html comparison.html

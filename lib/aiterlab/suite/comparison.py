@@ -30,6 +30,7 @@ class Side:
     name: str
     entries: Mapping[str, Entry]
     references: tuple[Mapping[str, Any], ...] = ()  # several machines' records of one notebook; the other side decides
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # of a run, for notebooks that left nothing themselves
     by_choice: bool = True  # what it lacks was left out on purpose, by who named it or planned its run
 
 
@@ -115,7 +116,8 @@ def find_side(name: str, results: Path) -> Side:
         return Side(name, _by_stem(name, [record.parent for record in records]), by_choice=False)
     # What was planned is among the entries, whatever became of it; without a plan nobody knows what is lacking.
     planned = isinstance(run.facts.get("notebooks"), list)
-    return Side(run.name, {entry.stem: entry for entry in run.entries}, by_choice=planned)
+    entries = {entry.stem: entry for entry in run.entries}
+    return Side(run.name, entries, provenance=run.provenance, by_choice=planned)
 
 
 def reference_side(results: Path) -> Side:
@@ -187,9 +189,11 @@ def _judge_ending(older: Entry | None, newer: Entry | None) -> Ending | None:
 def _entry(stem: str, side: Side, other: Side) -> Entry | None:
     if not side.references:
         return side.entries.get(stem)
-    record = other.entries[stem].record or {}
+    asked = other.entries[stem]
+    record = asked.record or {"provenance": asked.status.get("provenance") or other.provenance}
     chosen = _reference_of(stem, record, side.references)
-    return Entry(stem, Path(REFERENCE), record=chosen) if chosen else None
+    # What became a reference had ended well.
+    return Entry(stem, Path(REFERENCE), {"status": status.OK}, chosen) if chosen else None
 
 
 def _reference_of(stem: str, record: Mapping[str, Any], references: Iterable[Mapping[str, Any]]) -> Mapping | None:
