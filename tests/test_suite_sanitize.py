@@ -5,6 +5,7 @@ import re
 import pytest
 from bs4 import BeautifulSoup
 
+from aiterlab.suite import signals
 from aiterlab.suite.sanitize import clean_html, clean_svg
 
 SVG = "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>"
@@ -82,6 +83,27 @@ def test_a_styled_table_keeps_its_colours_and_only_those():
     assert 'id="T_1a_row0_col0"' in cleaned
 
 
+def test_an_output_cannot_dress_up_as_the_page_or_hide_it():
+    css = "#T_x, body {opacity: 0} #T_y, .banner, .verdict {height: 0} #T_z + div {opacity: 0} #T_w td {color: red}"
+    html = f"<style>{css}</style><div id='cell-1' class='banner good'><p class='verdict'>ok</p></div>"
+    cleaned = clean_html(html + "<table id='T_w' class='dataframe'><tr><td class='data row0'>1</td></tr></table>")
+    assert re.search(r"<style>(.*?)</style>", cleaned)[1] == "#T_w td {color: red;}"
+    soup = BeautifulSoup(cleaned, "html.parser")
+    assert [element["id"] for element in soup.select("[id]")] == ["T_w"]
+    assert [element["class"] for element in soup.select("[class]")] == [["scroll"], ["dataframe"], ["data", "row0"]]
+
+
+@pytest.mark.parametrize("name", ["style", "script"])
+def test_what_is_never_closed_costs_no_more_than_its_length(name):
+    with signals.within(60):  # hours, if each began anew
+        assert clean_html(f"before<{name}>" + f"<{name}>" * 100_000) == "before"
+        assert clean_html(f"before{f'<{name}></{name}>' * 50_000}after") == "beforeafter"
+
+
+def test_html_that_is_too_long_says_so():
+    assert clean_html("<b>x</b>" * 250_001) == "[HTML of 2.0 million characters is not shown; 2 are at most]"
+
+
 @pytest.mark.parametrize(
     ("style", "ink"),
     [
@@ -122,7 +144,16 @@ def test_a_drawing_keeps_nothing_that_runs_or_loads(hostile):
     assert 'width="3"' in cleaned and 'href="#a"' in cleaned and 'viewBox="0 0 9 9"' in cleaned
 
 
-@pytest.mark.parametrize("broken", ["<svg", "", "<html/>", '<!DOCTYPE svg [<!ENTITY a "b">]><svg>&a;</svg>'])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "<svg",
+        "",
+        "<html/>",
+        '<!DOCTYPE svg [<!ENTITY a "b">]><svg>&a;</svg>',
+        SVG + "<g>" * 5000 + "</g>" * 5000 + "</svg>",
+    ],
+)
 def test_what_is_no_drawing_is_none(broken):
     assert clean_svg(broken) is None
 

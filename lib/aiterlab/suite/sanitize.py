@@ -2,13 +2,16 @@
 """Make HTML from cells harmless and self-contained: no script, nothing loaded from anywhere, tables and figures kept.
 
 A report is opened by people who did not run the notebook, often straight from a review. Styled pandas tables bring
-their colours in a style block; its rules for the table's own id are kept, with properties that can load nothing.
+their colours in a style block; its rules for the table's own id are kept, with properties that can load nothing. The
+page's own classes and targets are not an output's to use: it could dress up as the verdict, or hide it.
 """
 
 # ruff: noqa: SIM905  -- word lists read better as words
 import base64
 import binascii
 import re
+from functools import cache
+from importlib.resources import files
 from xml.etree import ElementTree
 
 import bleach
@@ -27,9 +30,9 @@ _PROPERTIES = frozenset(
     "font-style font-weight height max-width min-width opacity padding padding-left padding-right text-align "
     "text-decoration vertical-align white-space width".split()
 )
-_ATTRIBUTES = frozenset("alt class colspan dir height id lang open rowspan scope start style title width".split())
-_STYLE_BLOCK = re.compile(r"<style[^>]*>(.*?)</style\s*>", re.IGNORECASE | re.DOTALL)
-_SCRIPT_BLOCK = re.compile(r"<script\b.*?</script\s*>", re.IGNORECASE | re.DOTALL)
+_ATTRIBUTES = frozenset("alt colspan dir height lang open rowspan scope start style title width".split())
+LONGEST_HTML = 2_000_000  # characters of one output; cleaning takes seconds for each million
+_TABLE_ID = r"T_[\w-]+"  # what pandas' Styler calls its tables and cells
 _CSS_FUNCTION = re.compile(r"(?<![\w-])(?!(?:rgba?|hsla?)\()[\w-]*\(", re.IGNORECASE)
 # What a browser skips when it reads the scheme of a link.
 _BLANKS = re.compile(r"[\x00-\x20\x7f-\xa0\u200b-\u200f\u2028\u2029]")
@@ -65,10 +68,16 @@ _CSS = _Declarations(allowed_css_properties=_PROPERTIES, allowed_svg_properties=
 
 
 def clean_html(html: str) -> str:
-    """Return `html` without anything that runs or loads, its tables each in a box that scrolls on its own."""
-    styles = "".join(_clean_stylesheet(block) for block in _STYLE_BLOCK.findall(html))
+    """Return `html` without anything that runs or loads, its tables each in a box that scrolls on its own.
+
+    What is too long is one sentence that says so.
+    """
+    if len(html) > LONGEST_HTML:
+        return f"[HTML of {len(html) / 1e6:.1f} million characters is not shown; {LONGEST_HTML / 1e6:.0f} are at most]"
     # Taken out whole: bleach would keep the code between the tags as text.
-    html = _SCRIPT_BLOCK.sub("", _STYLE_BLOCK.sub("", html))
+    html, blocks = _cut_out("style", html)
+    html, _ = _cut_out("script", html)
+    styles = "".join(map(_clean_stylesheet, blocks))
     cleaned = bleach.clean(
         html,
         tags=_TAGS,
@@ -82,6 +91,20 @@ def clean_html(html: str) -> str:
     return f"<style>{styles}</style>{cleaned}" if styles else cleaned
 
 
+def _cut_out(name: str, html: str) -> tuple[str, list[str]]:
+    """Return `html` without its elements of this name, and what these hold; one that is never closed holds the rest."""
+    opening, closing = (re.compile(rf"{start}{name}\b", re.IGNORECASE) for start in ("<", "</"))
+    kept, held, place = [], [], 0
+    while start := opening.search(html, place):  # forwards only: a page of nothing but openings takes no longer
+        kept.append(html[place : start.start()])
+        end = closing.search(html, start.end())
+        held.append(html[start.end() : end.start() if end else len(html)].partition(">")[2])
+        place = html.find(">", end.end()) + 1 if end else 0
+        if not place:
+            return "".join(kept), held
+    return "".join([*kept, html[place:]]), held
+
+
 def clean_svg(svg: str) -> str | None:
     """Return a drawing without script, events, links out of it and what embeds other documents; None if it is no SVG.
 
@@ -91,9 +114,12 @@ def clean_svg(svg: str) -> str | None:
     if re.search(r"<!ENTITY", svg, re.IGNORECASE):
         return None
     try:
-        root = ElementTree.fromstring(svg)
-    except (ElementTree.ParseError, ValueError):
+        return _clean_svg(ElementTree.fromstring(svg))
+    except (ElementTree.ParseError, ValueError, RecursionError):
         return None
+
+
+def _clean_svg(root: ElementTree.Element) -> str | None:
     if root.tag.rpartition("}")[2] != "svg":
         return None
     for parent in list(root.iter()):
@@ -120,7 +146,18 @@ def _is_allowed(tag: str, name: str, value: str) -> bool:
         return tag == "a" and re.match(r"https?:|mailto:|[^:]*$", _BLANKS.sub("", value), re.IGNORECASE) is not None
     if name == "src":
         return tag == "img" and re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,", value) is not None
+    if name == "id":
+        return re.fullmatch(_TABLE_ID, value) is not None
+    if name == "class":
+        return _page_classes().isdisjoint(value.split())
     return name in _ATTRIBUTES
+
+
+@cache
+def _page_classes() -> frozenset[str]:
+    """Return the classes that the page's own stylesheet speaks of."""
+    css = (files("aiterlab.suite") / "template" / "style.css").read_text(encoding="utf-8")
+    return frozenset(re.findall(r"\.([a-z][\w-]*)", css))
 
 
 def _clean_stylesheet(css: str) -> str:
@@ -131,7 +168,9 @@ def _clean_stylesheet(css: str) -> str:
             continue
         selector = tinycss2.serialize(rule.prelude).strip()
         declarations = _CSS.sanitize_css(tinycss2.serialize(rule.content))
-        if re.fullmatch(r"#T_[\w\s#.,:>()-]+", selector) and declarations and not re.search(r"[<\\(]", declarations):
+        # Every one of a list's: `#T_1, body` would style the page. Siblings (+, ~) are not the table's either.
+        own = all(re.fullmatch(rf"\s*#{_TABLE_ID}[\w\s#.:>()-]*", one) for one in selector.split(","))
+        if own and declarations and not re.search(r"[<\\(]", declarations):
             kept.append(f"{selector} {{{declarations}}}")
     return "\n".join(kept)
 
