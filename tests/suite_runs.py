@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 from aiterlab import paths
 from aiterlab.suite import report, status
-from aiterlab.suite.executed import write_executed
+from aiterlab.suite.executed import publishable, write_executed
+from aiterlab.suite.wording import reused_words
 
 REFERENCE = paths.results_dir() / "reference"
 FACTS = {
@@ -98,7 +99,9 @@ def add_notebook(run_dir, stem, ending="ok", reason=None, *, record=None, error_
     if ending != "skipped":
         write_executed(notebook, folder / "executed.ipynb")
         (folder / "log.txt").write_text("a log\n")
-    report.rebuild_report(folder)
+    report.write_report(publishable(notebook), folder)
+    if words := reused_words(told or {}):
+        report.say_reused(folder, words)
     return folder
 
 

@@ -8,7 +8,16 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from aiterlab.suite.executed import LIMIT_BYTES, MOST_OUTPUTS, SHOWN_BYTES, is_whole, publishable, write_executed
+from aiterlab.suite import status
+from aiterlab.suite.executed import (
+    LIMIT_BYTES,
+    MOST_OUTPUTS,
+    SHOWN_BYTES,
+    publishable,
+    without_banners,
+    write_executed,
+)
+from aiterlab.suite.report import render_report
 
 
 def notebook_of(*outputs, source="1", **metadata):
@@ -111,15 +120,50 @@ def test_many_figures_lose_as_many_as_must_go(tmp_path):
     assert [output.output_type for output in cell.outputs] == ["stream", *["display_data"] * 3]
 
 
+def ended(word, reason, *, error_cell=None, cells=("1", "2", "3")):
+    """Return a notebook that ended so, stamped with its status."""
+    notebook = new_notebook(cells=[new_markdown_cell("# Q"), *map(new_code_cell, cells)])
+    outcome = status.NotebookStatus("01_x", "run", "smoke", {})
+    outcome.end(word, reason)
+    outcome.error_cell, outcome.cells = error_cell, status.list_cells(notebook)
+    outcome.stamp(notebook)
+    return notebook
+
+
+def test_the_copy_says_at_the_top_how_the_run_ended_and_below_which_cell(tmp_path):
+    notebook = ended("timeout", "stopped after its budget of 60 s <b>", error_cell=2)
+    copy = written(notebook, tmp_path)
+    assert [cell.source for cell in copy.cells] == [
+        "> **timeout**: stopped after its budget of 60 s \\<b\\>",
+        "# Q",
+        "1",
+        "2",
+        "> **timeout** in the cell above; what follows was not run.",
+        "3",
+    ]
+    assert len(notebook.cells) == 4
+    assert without_banners(copy).cells == notebook.cells
+    skipped = written(ended("skipped", "needs the record of 05_x"), tmp_path)
+    assert [cell.source[:30] for cell in skipped.cells] == ["> **skipped**: needs the recor", "# Q", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("told", ["x", None, [1], {"alt": ["x"], "width": "wide"}])
+def test_what_a_cell_says_of_its_figure_cannot_cost_the_report(tmp_path, told):
+    figure = shown(**{"image/png": "iVBORw0K"}) | {"metadata": {"image/png": told, "other": "kept"}}
+    notebook = notebook_of(figure)
+    outcome = status.NotebookStatus("01_x", "run", "smoke", {})
+    outcome.cells = status.list_cells(notebook)
+    outcome.stamp(notebook)
+    assert 'src="data:image/png;base64,iVBORw0K"' in render_report(publishable(notebook))
+    assert written(notebook, tmp_path).cells[1].outputs[0].metadata["other"] == "kept"
+
+
 def test_a_flood_of_figures_makes_no_report_that_nobody_can_open(tmp_path):
     figures = [shown(**{"image/png": "A" * 300_000}) for _ in range(MOST_OUTPUTS)]
     (cell,) = publishable(notebook_of(*figures)).cells
     sizes = [len(output.get("data", {}).get("image/png", "")) for output in cell.outputs]
     assert SHOWN_BYTES - 300_000 < sum(sizes) < SHOWN_BYTES
     assert "the report would be too large" in cell.outputs[sizes.index(0)].text
-    # In the executed copy stands whether its report shows more.
-    assert written(notebook_of(*figures[:10]), tmp_path) and not is_whole(tmp_path / "executed.ipynb")
-    assert written(notebook_of(*figures[:2]), tmp_path) and is_whole(tmp_path / "executed.ipynb")
 
 
 def test_a_copy_that_is_small_enough_is_left_alone():

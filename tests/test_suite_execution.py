@@ -7,6 +7,7 @@ import sys
 import nbformat
 import psutil
 import pytest
+from bs4 import BeautifulSoup
 from suite_notebooks import write_notebook
 
 from aiterlab.suite import execution, report, status, watch
@@ -118,7 +119,7 @@ def test_a_failing_cell_ends_the_run_truthfully(tmp_path):
     assert outcome.reason == "ValueError: first line"
     log = (folder / "log.txt").read_text()
     assert "Traceback" in log and "second line" in log and "\x1b" not in log
-    assert executed(folder).cells[2].outputs[0].ename == "ValueError"
+    assert status.code_cells(executed(folder))[2].outputs[0].ename == "ValueError"
 
 
 def test_a_dead_kernel_is_not_called_completed(tmp_path):
@@ -151,7 +152,7 @@ def test_the_budget_stops_a_notebook_shows_where_and_leaves_no_process(tmp_path)
     assert_truthful(outcome, folder, "timeout", ["ok", "ok", "timeout", "not run"])
     assert outcome.reason == "stopped after its budget of 8 s" and outcome.seconds < 60
     # It was interrupted first, so that the executed copy shows the line that was running.
-    assert executed(folder).cells[2].outputs[0].ename == "KeyboardInterrupt"
+    assert status.code_cells(executed(folder))[2].outputs[0].ename == "KeyboardInterrupt"
     assert gone(pid)
 
 
@@ -237,7 +238,7 @@ def test_much_output_is_whole_in_the_log_and_short_in_the_copy(tmp_path):
     assert outcome.ok
     assert "\n25000\n" in (folder / "log.txt").read_text()
     assert (folder / "executed.ipynb").stat().st_size < 100_000
-    text = executed(folder).cells[1].outputs[0].text
+    text = status.code_cells(executed(folder))[1].outputs[0].text
     assert text.startswith("0\n1\n") and text.endswith("\n49999\n")
     assert "log.txt" in text and "\n25000\n" not in text
 
@@ -279,6 +280,29 @@ def test_a_report_that_cannot_be_rendered_is_a_failure_with_its_reason(tmp_path,
     outcome, folder, _ = run(tmp_path, "1")
     assert outcome.status == "failed" and "no template" in outcome.reason
     assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_an_output_that_takes_for_ever_to_render_leaves_a_page_without_it(tmp_path, monkeypatch, ends_well):
+    monkeypatch.setattr(execution, "RENDER_S", 2.0)
+    hostile = "from IPython.display import HTML, display\ndisplay(HTML('<p ' + 'a ' * 100_000 + '>'))"
+    outcome, folder, _ = run(tmp_path, hostile, "2" if ends_well else "1 / 0")
+    assert outcome.status == "failed"
+    assert ("the report could not be written: TimeoutError: it took longer than 2 s" in outcome.reason) == ends_well
+    page = BeautifulSoup((folder / "report.html").read_text(), "html.parser")
+    assert page.header.strong.string == "failed" and outcome.reason in page.header.get_text()
+    assert "a a a" not in page.main.get_text() and "HTML" in page.main.get_text()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "3", '{"cells": 1}'])
+def test_a_notebook_that_is_gone_or_none_by_now_is_a_setup_that_failed(tmp_path, content):
+    path = tmp_path / "01_x.ipynb"
+    if content is not None:
+        path.write_text(content)
+    outcome = run_notebook(Job(path, tmp_path / "r", "smoke", {}, {}, 60, {}), say=lambda line: None)
+    assert outcome.status == "setup-failed" and str(path) in outcome.reason and "\n" not in outcome.reason
+    saved = json.loads((tmp_path / "r" / "01_x" / "status.json").read_text())
+    assert saved["status"] == "setup-failed" and (tmp_path / "r" / "01_x" / "report.html").is_file()
 
 
 def test_skipped_and_allowed_cells_are_told_apart(tmp_path):

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
 import re
 
-import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 from aiterlab.suite import status
-from aiterlab.suite.report import rebuild_report, render_report, write_report
+from aiterlab.suite.report import render_report, say_reused, write_report
 from aiterlab.suite.status import NotebookStatus, list_cells
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -200,45 +198,13 @@ def test_a_short_notebook_has_no_contents():
     assert not page_of(new_markdown_cell("# Q\n\n## Look")).select(".contents")
 
 
-def leave(folder, notebook, **changes):
-    """Leave status.json and executed.ipynb as the runner does."""
-    cells = [dict(cell.metadata.aiterlab) for cell in status.code_cells(notebook)]
-    facts = {**notebook.metadata.aiterlab, "cells": cells, **changes}
-    folder.mkdir()
-    (folder / "status.json").write_text(json.dumps(facts))
-    nbformat.write(notebook, folder / "executed.ipynb")
-    return folder
-
-
-def rebuilt(folder):
-    return BeautifulSoup(rebuild_report(folder).read_text(), "html.parser")
-
-
-def test_a_report_is_rebuilt_from_what_lies_in_the_folder(tmp_path):
-    notebook = build(new_markdown_cell("## Prose"), new_code_cell("answer = 42"))
-    del notebook.cells[1].metadata["aiterlab"]
-    notebook.cells[1].metadata["aiterlab"] = {"number": 1, "title": "", "status": "ok", "seconds": 2.0}
-    folder = leave(tmp_path / "01_x", notebook, reused_from="before", reused_since_utc="2026-11-26T09:00:00+00:00")
-    page = rebuilt(folder)
-    assert "answer = 42" in page.main.get_text() and "1 · ok · 2.0 s" in page.main.summary.get_text()
-    assert "reused from run before, there since 2026-11-26 09:00:00 UTC" in page.header.get_text()
-    assert [link["href"] for link in page.footer.find_all("a")] == ["../index.html", "executed.ipynb", "status.json"]
-
-
-@pytest.mark.parametrize("notebook", [None, "{", "[]", '{"cells": 1}'])
-def test_a_report_is_rebuilt_even_if_there_is_no_notebook(tmp_path, notebook):
-    facts = {"stem": "06_y", "status": "skipped", "reason": "needs the record of 05_x"}
-    (tmp_path / "status.json").write_text(json.dumps(facts))
-    if notebook is not None:
-        (tmp_path / "executed.ipynb").write_text(notebook)
-    page = rebuilt(tmp_path)
-    assert page.header.strong.string == "skipped" and "needs the record of 05_x" in page.header.get_text()
-    assert "No cell of this notebook was run." in page.main.get_text()
-
-
-def test_there_is_no_report_of_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        rebuild_report(tmp_path)
+def test_a_result_that_is_reused_says_so_once_on_the_page_that_is_there(tmp_path):
+    page = write_report(build(new_code_cell("answer = 42")), tmp_path)
+    for _ in range(2):
+        say_reused(tmp_path, "reused from run <before>, there since 2026-11-26 09:00:00 UTC")
+        shown = BeautifulSoup(page.read_text(), "html.parser")
+        assert shown.header.get_text().count("reused from run <before>, there since 2026-11-26 09:00:00 UTC") == 1
+    assert "answer = 42" in shown.main.get_text()
 
 
 def test_processes_that_had_to_be_ended_are_named():

@@ -34,6 +34,7 @@ class TruthfulManager(NotebookExecutionManager):
         began = monotonic()
         if began >= self._next_save:
             with contextlib.suppress(OSError):  # a disk that is full now may have room at the end, which is what counts
+                self.watch.status.stamp(self.nb)
                 write_executed(self.nb, self.folder / EXECUTED_NAME)
                 self.watch.status.save(self.folder)
             self._unsaved = False

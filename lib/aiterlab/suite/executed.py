@@ -3,7 +3,7 @@
 
 It is written while the notebook runs and at its end: without home directories and secrets, without widget state (code
 hosts refuse to show a notebook that has it), valid whatever the cells sent, and under one megabyte, above which they
-show nothing either. Its report shows more, up to what a browser opens at once.
+show nothing either. Banners say how it ended and where. Its report shows more, up to what a browser opens at once.
 """
 
 import json
@@ -17,6 +17,8 @@ from nbformat import NotebookNode
 
 from aiterlab.records import atomic_write_text
 from aiterlab.security import scrub_tree
+from aiterlab.suite import status
+from aiterlab.suite.markdown import escape
 from aiterlab.suite.streams import LONGEST_CHARACTERS, shorten
 
 EXECUTED_NAME = "executed.ipynb"
@@ -25,6 +27,7 @@ SHOWN_BYTES = 16_000_000  # in a report
 MOST_OUTPUTS = 200  # of one cell
 _LEFT_OUT = "is left out of this copy; report.html shows it"
 _TOO_LARGE = "is left out, the report would be too large; write what is large to a file of its own"
+_BANNER = "aiterlab-banner"
 _SHORT_BYTES = 200  # about what a note takes that stands for an output
 # What is shown somewhere. Scripts, widgets and what nobody knows stay out.
 _PIXELS = ("image/png", "image/jpeg", "image/gif", "image/webp")
@@ -46,12 +49,31 @@ def publishable(notebook: NotebookNode) -> NotebookNode:
 
 def write_executed(notebook: NotebookNode, path: Path) -> None:
     """Write the executed copy atomically, leaving out the largest outputs if it would be too large otherwise."""
-    atomic_write_text(path, _fit_notebook(publishable(notebook), LIMIT_BYTES, _LEFT_OUT) + "\n")
+    copy = publishable(notebook)
+    _add_banners(copy)
+    atomic_write_text(path, _fit_notebook(copy, LIMIT_BYTES, _LEFT_OUT) + "\n")
 
 
-def is_whole(path: Path) -> bool:
-    """Tell whether the executed copy at `path` has every output, so that its report can be rendered from it."""
-    return _LEFT_OUT not in path.read_text(encoding="utf-8")
+def without_banners(notebook: NotebookNode) -> NotebookNode:
+    """Return an executed copy that was read back as it was before its banners."""
+    notebook.cells = [cell for cell in notebook.cells if not cell.metadata.get(_BANNER)]
+    return notebook
+
+
+def _add_banners(notebook: NotebookNode) -> None:
+    """Say at the top how the run ended (`NotebookStatus.stamp`), and below the cell that ended it that it did."""
+    run = notebook.metadata.get(status.METADATA_KEY)
+    if run is None:
+        return
+    said = run["finding"] if run["status"] == status.OK else run["reason"]
+    banners = {0: f"**{run['status']}**{f': {escape(said, status.LONGEST_REASON)}' if said else ''}"}
+    for place, cell in enumerate(notebook.cells, start=1):
+        told = cell.metadata.get(status.METADATA_KEY, {})
+        if run["error_cell"] and told.get("number") == run["error_cell"]:
+            banners[place] = f"**{run['status']}** in the cell above; what follows was not run."
+    for place, words in sorted(banners.items(), reverse=True):
+        banner = nbformat.v4.new_markdown_cell(f"> {words}", id=f"banner-{place}", metadata={_BANNER: True})
+        notebook.cells.insert(place, banner)
 
 
 def _fit_outputs(outputs: list[Any]) -> list[NotebookNode]:
@@ -85,6 +107,7 @@ def _fit_output(output: Any) -> NotebookNode:
         data["text/plain"] = _text(f"[an output is left out that is only to be had as {kinds}]")
     metadata = output.get("metadata")
     metadata = _finite(scrub_tree(metadata)) if isinstance(metadata, Mapping) else {}
+    metadata = {name: told for name, told in metadata.items() if name not in data or isinstance(told, Mapping)}
     fitted = nbformat.v4.new_output(kind, data=data, metadata=nbformat.from_dict(metadata))
     if kind == "execute_result":
         count = output.get("execution_count")

@@ -28,9 +28,9 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from aiterlab import records
 from aiterlab.paths import RUN_DIR_VARIABLE, STARTED_IN_VARIABLE
-from aiterlab.suite import packing, report, room, status, warm
+from aiterlab.suite import packing, report, room, signals, status, warm
 from aiterlab.suite.bookkeeping import TruthfulManager, settle_cells
-from aiterlab.suite.executed import EXECUTED_NAME, publishable, write_executed
+from aiterlab.suite.executed import EXECUTED_NAME, publishable, without_banners, write_executed
 from aiterlab.suite.job import Job
 from aiterlab.suite.log import CappedLog
 from aiterlab.suite.parameters import ParameterError, load_notebook
@@ -41,6 +41,7 @@ ENGINE_NAME = "aiterlab"
 KERNEL_NAME = "python3"
 LOG_NAME = "log.txt"
 OUTPUT_LIMIT_BYTES = 64_000_000  # of one cell; more fills the memory of the kernel, of this process and of readers
+RENDER_S = 300.0  # outputs can be made so that rendering them takes for ever
 _NEVER_S = 10**9
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")  # Python's; torch's on a GPU
@@ -63,17 +64,24 @@ def run_notebook(
     """
     began = monotonic()
     outcome = status.of(job)
-    notebook = load_notebook(job.notebook)
+    try:
+        notebook = load_notebook(job.notebook)
+    except ParameterError as error:  # it was there and whole when the run was planned
+        outcome.end(status.SETUP_FAILED, str(error))
+        write_results(job, nbformat.v4.new_notebook(), outcome)
+        return outcome
     watch = Watch(outcome, job.budget_s, job.heartbeat_s, say, job.cell_budget_s)
 
     held = contextlib.ExitStack()
 
     def give_up() -> None:
-        held.close()
-        outcome.end(watch.stop_status, watch.stop_reason)
-        outcome.seconds = round(monotonic() - began, 3)
-        write_results(job, watch.notebook or notebook, outcome)
-        os._exit(1)
+        try:
+            held.close()
+            outcome.end(watch.stop_status, watch.stop_reason)
+            outcome.seconds = round(monotonic() - began, 3)
+            write_results(job, watch.notebook or notebook, outcome)
+        finally:
+            os._exit(1)
 
     watch.stuck = give_up if own_process else None
     with watch.signals():
@@ -324,14 +332,17 @@ def _settle(outcome: status.NotebookStatus, watch: Watch, error: BaseException) 
 
 def settle_unrun(job: Job, outcome: status.NotebookStatus) -> None:
     """Write the folder of a notebook whose process cannot do it: it was killed, or it was never begun."""
-    executed = job.folder / EXECUTED_NAME
     with contextlib.suppress(ParameterError):
-        notebook = load_notebook(executed)
+        notebook = without_banners(load_notebook(job.folder / EXECUTED_NAME))
         if len(status.code_cells(notebook)) == len(outcome.cells):
             write_results(job, notebook, outcome)
             return
     outcome.cells = []
-    write_results(job, load_notebook(job.notebook), outcome)
+    try:
+        notebook = load_notebook(job.notebook)
+    except ParameterError:
+        notebook = nbformat.v4.new_notebook()
+    write_results(job, notebook, outcome)
 
 
 def write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.NotebookStatus) -> None:
@@ -344,14 +355,25 @@ def write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.Not
         ("log", lambda: _scrub_logs(job.folder)),
         ("executed copy", lambda: write_executed(notebook, job.folder / EXECUTED_NAME)),
         # From the notebook in memory: the executed copy may have lost its largest figures.
-        ("report", lambda: report.write_report(publishable(notebook), job.folder)),
+        ("report", lambda: _write_report(notebook, job.folder)),
     ):
         try:
             write()
         except Exception as error:  # a run without its report is a failed run, not a lost one
             if outcome.ok:
                 outcome.end(status.FAILED, f"the {what} could not be written: {type(error).__name__}: {error}")
+                outcome.stamp(notebook)
+    if not (job.folder / report.REPORT_NAME).exists():  # what an output has prevented, a page without outputs tells
+        for cell in status.code_cells(notebook):
+            cell.outputs = []
+        with contextlib.suppress(Exception):
+            _write_report(notebook, job.folder)
     outcome.save(job.folder)
+
+
+def _write_report(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    with signals.within(RENDER_S):
+        report.write_report(publishable(notebook), folder)
 
 
 def _scrub_logs(folder: Path) -> None:

@@ -75,8 +75,11 @@ def load_notebook(path: Path) -> nbformat.NotebookNode:
         return nbformat.read(path, as_version=4)
     except FileNotFoundError:
         raise ParameterError(f"{path}: there is no such notebook") from None
-    except (ValueError, nbformat.ValidationError) as error:
-        raise ParameterError(f"{path}: not a notebook ({str(error).splitlines()[0]})") from error
+    except OSError as error:
+        raise ParameterError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # over JSON that is no notebook nbformat raises what it likes
+        said = str(error).partition("\n")[0]
+        raise ParameterError(f"{path}: not a notebook ({type(error).__name__}: {said})") from error
 
 
 def parameters_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

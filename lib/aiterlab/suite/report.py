@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from html import escape
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from aiterlab.records import atomic_write_text
-from aiterlab.suite.executed import EXECUTED_NAME, publishable
-from aiterlab.suite.results import LINKED, number, read_entry, text
+from aiterlab.suite.results import LINKED, number, text
 from aiterlab.suite.sanitize import clean_html, clean_svg
 from aiterlab.suite.status import CELL_NOT_RUN, METADATA_KEY, STATUS_NAME, code_cells, title_of
 from aiterlab.suite.wording import (
@@ -28,14 +28,13 @@ from aiterlab.suite.wording import (
     duration_words,
     processor_words,
     provenance_rows,
-    reused_words,
     time_words,
     tone_of,
 )
 
 REPORT_NAME = "report.html"
 _TEMPLATE = "report"
-_CONTENTS_MARK = "<!--contents-->"
+_CONTENTS_MARK, _REUSED_MARK = "<!--contents-->", "<!--reused-->"
 _NETWORK_URLS = (
     "mathjax_url",
     "require_js_url",
@@ -60,26 +59,12 @@ def write_report(notebook: nbformat.NotebookNode, folder: Path) -> Path:
     return atomic_write_text(folder / REPORT_NAME, render_report(notebook, links))
 
 
-def rebuild_report(folder: Path) -> Path:
-    """Render `folder/report.html` from `status.json` and `executed.ipynb`, whatever there is of the two.
-
-    For what was skipped, reused, or ended with the runner itself. Raises FileNotFoundError if there is neither.
-    """
-    entry = read_entry(folder)
-    path = folder / EXECUTED_NAME
-    if not path.exists() and not entry.status:
-        raise FileNotFoundError(f"{folder}: holds neither {EXECUTED_NAME} nor {STATUS_NAME}")
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except Exception:  # over a file that is no notebook nbformat raises what it likes; the status is shown all the same
-        notebook = nbformat.v4.new_notebook()
-    stamped = notebook.metadata.get(METADATA_KEY)
-    facts = {"stem": entry.stem, **(stamped if isinstance(stamped, Mapping) else {}), **entry.status}
-    cells = facts.pop("cells", None)
-    notebook.metadata[METADATA_KEY] = facts
-    for cell, told in zip(code_cells(notebook), cells if isinstance(cells, list) else (), strict=False):
-        cell.metadata[METADATA_KEY] = told
-    return write_report(publishable(notebook), folder)
+def say_reused(folder: Path, words: str) -> None:
+    """Say on the report in `folder` from where the result was taken over; it may show more than the executed copy."""
+    page = (folder / REPORT_NAME).read_text(encoding="utf-8")
+    note = f'<p class="note"><span class="pill idle">reused</span> This result is not of this run: {escape(words)}.</p>'
+    if _REUSED_MARK in page:  # or it has been said
+        atomic_write_text(folder / REPORT_NAME, page.replace(_REUSED_MARK, note, 1))
 
 
 def render_report(notebook: nbformat.NotebookNode, links: Mapping[str, str] | None = None) -> str:
@@ -173,7 +158,7 @@ def _header(notebook: nbformat.NotebookNode) -> dict[str, Any]:
         "facts": [(name, value) for name, value in rows if value],
         "parameters": [(name, _json(value)) for name, value in parameters.items()],
         "provenance": list(provenance_rows(facts)),
-        "reused": reused_words(run),
+        "reused_mark": _REUSED_MARK,
         "left_over": [str(process) for process in left_over] if isinstance(left_over, list) else [],
         "contents_mark": _CONTENTS_MARK,
         "ran": any(state.get("status", CELL_NOT_RUN) != CELL_NOT_RUN for state in states),

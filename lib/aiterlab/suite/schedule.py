@@ -142,12 +142,19 @@ class Graph:
         return ending
 
     def _begin(self, node: Node) -> status.NotebookStatus | None:
-        prepared = node.prepare(node.job, self.ended)
-        if isinstance(prepared, status.NotebookStatus):
-            return prepared
-        # What an earlier run has left is no result of this one.
-        shutil.rmtree(node.job.folder, ignore_errors=True)
-        self._running[node.job.stem] = worker = self.start(prepared)
+        try:
+            prepared = node.prepare(node.job, self.ended)
+            if isinstance(prepared, status.NotebookStatus):
+                return prepared
+            # What an earlier run has left is no result of this one.
+            shutil.rmtree(node.job.folder, ignore_errors=True)
+            worker = self.start(prepared)
+        except Exception as error:  # such as a notebook that somebody has half saved meanwhile; the others go on
+            ending = status.of(node.job)
+            ending.end(status.SETUP_FAILED, f"{type(error).__name__}: {error}")
+            self.account(node.job, ending)
+            return ending
+        self._running[node.job.stem] = worker
         if self._interrupts:  # the signal came before it could be passed on
             worker.signal(signal.SIGTERM)
         return None

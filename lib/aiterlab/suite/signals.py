@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handle Ctrl-C and SIGTERM for a while, where a process may: in its main thread."""
+"""Handle signals for a while, where a process may: in its main thread."""
 
 import contextlib
 import signal
@@ -22,3 +22,20 @@ def handled(handler: Callable[[int, FrameType | None], object], numbers: tuple[i
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds; outside the main thread it may take as long as it does."""
+
+    def over(_number: int, _frame: object) -> None:
+        raise TimeoutError(f"it took longer than {seconds:.0f} s")
+
+    with handled(over, (signal.SIGALRM,)):
+        if threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.setitimer(signal.ITIMER_REAL, 0)
