@@ -17,7 +17,7 @@ import pytest
 from bs4 import BeautifulSoup
 from fault_runs import TABLE, WAYS, Bench, check_notebook, check_run
 
-from aiterlab.suite import resume, status
+from aiterlab.suite import notebook_parameters, resume, status
 
 pytestmark = pytest.mark.slow  # whole runs of the runner
 
@@ -341,6 +341,70 @@ def test_resume_repeats_what_has_changed_and_says_what(tmp_path):
     assert "same  runs again: changed since: library" in bench.run(*only, **library).text
 
 
+def test_to_go_on_with_one_leaves_the_others_of_the_run_as_they_are(tmp_path):
+    bench = Bench(tmp_path)
+    bench.add("01_a", SAVE.format(stem="01_a"))
+    bench.add("02_b", "assert workers == 2", SAVE.format(stem="02_b"))
+    bench.add("03_c", SAVE.format(stem="03_c"), after=("01_a",))
+    first = bench.run("--set", "01_a.workers=3")
+    check_run(first, "failed", 1)
+    again = bench.run("--resume", "--only", "02_b", "--set", "02_b.workers=2")
+    check_run(again, "ok", 0)
+    assert again.folder == first.folder and "01_a" not in again.text.partition("notebook")[0]
+    # What the first two asked for still holds, and 03 knows that its source is the one it has read.
+    third = bench.run("--resume", "--only", "03_c")
+    assert "03_c  unchanged since" in third.text
+    whole = bench.run("--resume")
+    check_run(whole, "ok", 0)
+    assert whole.text.count("unchanged since") == 3
+    bench.run("--resume", "--only", "01_a", "--set", "01_a.workers=4")
+    assert "03_c  runs again: changed since: records read" in bench.run("--resume", "--only", "03_c").text
+    refused = bench.run("--resume", "--only", "01_x")
+    assert refused.process.returncode == 2 and "did you mean '01_a'" in refused.text
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_notebook_that_is_spoilt_meanwhile_costs_nobody_else_anything(tmp_path, way):
+    """An editor saves while a run is on: what it leaves then is half a notebook, or none."""
+    bench = Bench(tmp_path, way)
+    others = [bench.notebooks / f"{stem}.ipynb" for stem in ("02_gone", "03_half")]
+    spoil = "from pathlib import Path\n" + "\n".join(
+        f"Path({str(path)!r}).{what}" for path, what in zip(others, ("unlink()", "write_text('{')"), strict=True)
+    )
+    bench.add("01_a", spoil)
+    for stem in ("02_gone", "03_half", "04_d"):
+        bench.add(stem, "1", after=("01_a",))
+    run = bench.run()
+    check_run(run, "failed", 1)
+    for stem in ("01_a", "04_d"):
+        check_notebook(run.folder / stem, "ok", case=f"beside a spoilt one ({way})")
+    for stem, said in (("02_gone", "there is no such notebook"), ("03_half", "not a notebook")):
+        ending = status.NotebookStatus.load(run.folder / stem)
+        assert ending.status == "setup-failed" and ending.ended_utc and said in ending.reason, (stem, ending)
+        assert (run.folder / stem / "report.html").is_file()
+        assert re.search(rf"{stem} +setup-failed", run.text), run.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trees", ["regressed", "hotfixed-without-1:path:vllm"]),
+        ("trees", ["hotfixed:hotfixed:path:vllm"]),
+        ("trees", ["installed"]),
+        ("tasks", ["file:prompts.txt"]),
+        ("runs", ["old"]),
+        ("models", {"target": "mine"}),
+    ],
+)
+def test_no_key_covers_what_lies_outside_of_the_project(name, value):
+    assert resume.outside({"profile": "standard", name: value}) == name
+
+
+def test_no_notebook_reads_outside_of_the_project_by_itself():
+    for stem, model in notebook_parameters.MODELS.items():
+        assert resume.outside(model().model_dump()) is None, stem
+
+
 def test_a_result_that_runs_again_does_not_keep_the_old_ones_files(tmp_path):
     """Whoever reads its record afterwards must not get that of another question."""
     bench = Bench(tmp_path)
@@ -547,7 +611,7 @@ def test_a_disk_that_fills_up_is_told_of_and_nothing_is_half_written(tmp_path, s
     # What it needed was kept free for it, so it ends as if nothing were wrong; the next one finds no room to begin.
     assert re.search(r"swallows +setup-failed +.*No space left", run.text), run.text
     again = bench.run("--resume", "--only", "swallows")
-    check_run(again, "ok", 0)
+    check_run(again, "failed", 1)  # the run, because of the other one, which stays as it was
     check_notebook(run.folder / "swallows", "ok", ["ok"] * 3, case=f"disk fills unnoticed ({way})")
 
 

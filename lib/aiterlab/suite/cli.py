@@ -32,6 +32,7 @@ examples:
   python run_all.py --list                           what there is, and every parameter with its default
   python run_all.py --only 02_apply_fix
   python run_all.py --resume                         go on with the newest run: keep what is done and unchanged
+  python run_all.py --resume --only 04_run_attention_kernels    with that one alone; the others stay as they are
   python run_all.py compare reference latest         what changed against the records in the repository
   python run_all.py --environment cuda --profile full --only 04_run_attention_kernels
   python run_all.py --only 01_reproduce_regression \\
@@ -45,7 +46,7 @@ a notebook ends as ok, failed, timeout, kernel-died, out-of-memory, skipped, int
 
 exit codes:
   0    every notebook ran to its end
-  1    a notebook ended otherwise, the others were run all the same; or a result holds a secret
+  1    a notebook of the run ended otherwise, the others were run all the same; or a result holds a secret
   2    bad input: an unknown notebook, profile or parameter, a value of the wrong type, another environment than asked
        for; nothing was started
   130  interrupted (Ctrl-C or SIGTERM); what had been found by then is written, --resume goes on
@@ -70,26 +71,27 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
             environment.require(options.environment)
         given = read_parameter_file(options.parameters, [row.stem for row in rows]) if options.parameters else {}
         run = runs.old_run(results, options.resume) if options.resume else None
-        # What was asked for then holds unless it is asked for anew.
+        # What was asked for then holds unless it is asked for anew; --only then says with what to go on, now.
         asked = {
             "profile": options.profile or (run.profile if run else DEFAULT_PROFILE),
-            "only": tuple(only) or (run.only if run else ()),
-            "settings": tuple(options.set) or (run.settings if run else ()),
+            "only": () if run and not run.only else (*(run.only if run else ()), *only),
+            "settings": (*(run.settings if run else ()), *options.set),
             "given": given or (run.given if run else {}),
         }
         plans = runs.plan_runs(_budgeted(rows, options), notebooks or paths.notebooks_dir(), **asked)
+        chosen = runs.choose(plans, only)
         if options.list:
             console.print_list(plans)
             return EXIT_OK
         local_full = asked["profile"] == "full" and not options.on  # a node says for itself whether it can
         if local_full and (missing := provenance.missing_for_full(provenance.collect())):
             raise ParameterError(f"profile full: a number without its origin is none; missing: {'; '.join(missing)}")
-        with _elsewhere(plans, asked["profile"], options) as start:
+        with _elsewhere(chosen, asked["profile"], options) as start:
             run = replace(run or runs.new_run(results, asked["profile"]), **asked)
             # SIGTERM means what Ctrl-C means, also while there is no notebook yet to pass it on to.
             terminable = signals.handled(signal.default_int_handler, (signal.SIGTERM,))
             with runs.held(run), terminable, room.reserved(run.folder, _ROOM_BYTES) as held:
-                return _run(plans, run, options, held, start)
+                return _run(plans, chosen, run, options, held, start)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (ParameterError, OSError) as error:
@@ -113,6 +115,7 @@ def _elsewhere(
 
 def _run(
     plans: Sequence[runs.Plan],
+    chosen: Sequence[runs.Plan],
     run: runs.Run,
     options: argparse.Namespace,
     held: IO[bytes],
@@ -121,36 +124,45 @@ def _run(
     began = monotonic()
     run.save(plans, status.INTERRUPTED, None, None)
     runs.point_latest(run.folder)
+    rest = [runs.ending_of(plan, run) for plan in plans if plan not in chosen]
     outcomes: list[status.NotebookStatus] = []
     say = console.say
     how = {"at_once": options.at_once, "fail_fast": options.fail_fast, "start": start}
     try:
-        for outcome in runs.run_plans(plans, run, say, **how):
+        for outcome in runs.run_plans(chosen, run, say, **how):
             outcomes.append(outcome)
     except KeyboardInterrupt:
         pass  # a second Ctrl-C: fewer outcomes than plans
-    if len(outcomes) < len(plans) or any(outcome.status == status.INTERRUPTED for outcome in outcomes):
-        exit_code, ending = EXIT_INTERRUPTED, status.INTERRUPTED
-    else:
-        exit_code = EXIT_OK if all(outcome.ok for outcome in outcomes) else EXIT_FAILED
-        ending = status.FAILED if exit_code else status.OK
+    interrupted = len(outcomes) < len(chosen) or any(outcome.status == status.INTERRUPTED for outcome in outcomes)
+    outcomes += filter(None, rest)
+    words = {outcome.status for outcome in outcomes} | ({status.INTERRUPTED} if len(outcomes) < len(plans) else set())
+    ending = status.INTERRUPTED if status.INTERRUPTED in words else status.FAILED if words > {status.OK} else status.OK
+    exit_code = EXIT_INTERRUPTED if interrupted else EXIT_OK if ending == status.OK else EXIT_FAILED
     held.close()
-    try:
-        run.save(plans, ending, exit_code, round(monotonic() - began, 3))
-    except OSError as error:
-        say(f"run.json cannot be written: {error}")
-        exit_code = exit_code or EXIT_FAILED
+    seconds = round(monotonic() - began, 3)
+    problems = _problems(lambda: run.save(plans, ending, exit_code, seconds), "run.json cannot be written")
     console.print_table(plans, outcomes, run.folder)
     try:
-        bundle.write_bundle(run.folder)
+        problems += _problems(lambda: bundle.write_bundle(run.folder), "the index cannot be written")
         say(os.path.relpath(run.folder / pages.INDEX_NAME))
+        problems += [f"do not show this around: {leak}" for leak in security.scan_folder(run.folder)]
+    except KeyboardInterrupt:
+        ending, exit_code = status.INTERRUPTED, EXIT_INTERRUPTED
+    for problem in problems:
+        say(problem)
+    if problems and exit_code == EXIT_OK:
+        ending, exit_code = status.FAILED, EXIT_FAILED
+    _problems(lambda: run.save(plans, ending, exit_code, seconds), "")  # what came last is known only now
+    return exit_code
+
+
+def _problems(write: Callable[[], object], what: str) -> list[str]:
+    """Write something; returns one line where that is not possible."""
+    try:
+        write()
     except OSError as error:
-        say(f"the index cannot be written: {error}")
-        exit_code = exit_code or EXIT_FAILED
-    leaks = security.scan_folder(run.folder)
-    for leak in leaks:
-        say(f"do not show this around: {leak}")
-    return exit_code or (EXIT_FAILED if leaks else EXIT_OK)
+        return [f"{what}: {error}"]
+    return []
 
 
 def _budgeted(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
@@ -171,7 +183,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--profile", help=f"one of {', '.join(PROFILES)} (default: {DEFAULT_PROFILE})")
     parser.add_argument(
-        "--only", metavar="STEM", action="append", default=[], help="run only this; repeat it, or separate with commas"
+        "--only",
+        metavar="STEM",
+        action="append",
+        default=[],
+        help="run only this; repeat it, or separate with commas; with --resume the others of the run stay as they are",
     )
     parser.add_argument(
         "--set",

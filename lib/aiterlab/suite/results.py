@@ -15,6 +15,7 @@ from aiterlab.records import RECORD_NAME
 from aiterlab.suite import status
 
 RUN_NAME = "run.json"
+LATEST_NAME = "latest"
 # The files of one notebook's folder that pages link to, in this order, with the words of the link.
 LINKED = {
     "report.html": "report",
@@ -89,6 +90,13 @@ class Run:
     def records(self) -> dict[str, Mapping[str, Any]]:
         """The records that can be read, by the notebook's stem."""
         return {entry.stem: entry.record for entry in self.entries if entry.record is not None}
+
+
+def led_to(path: Path) -> Path:
+    """Return where `latest` leads to: where links cannot be made it is a file that names the run."""
+    if path.name == LATEST_NAME and path.is_file():
+        return path.parent / path.read_text(encoding="utf-8").strip()
+    return path
 
 
 def read_run(folder: Path | str) -> Run:

@@ -16,8 +16,12 @@ from typing import Any
 from aiterlab import paths, provenance, records
 from aiterlab.suite import status
 from aiterlab.suite.job import Job
+from aiterlab.suite.parameters import load_notebook
+from aiterlab.suite.report import REPORT_NAME
 
-_OUTSIDE = ("path:", "file:", "installed", "/", "./", "../", "~")
+# Parameters that name folders or models elsewhere, whatever these are called.
+_PLACES = ("models", "runs")
+_OUTSIDE = frozenset({"path", "file", "installed"})  # between the colons of a tree's or a task's name
 _MACHINE = ("platform", "cpu_model", "cpu_usable_count", "memory_bytes", "accelerators", "python")
 
 
@@ -51,9 +55,9 @@ def key(job: Job, reads: Sequence[str], needs: Sequence[status.NotebookStatus]) 
 def outside(parameters: Mapping[str, Any]) -> str | None:
     """Return the parameter that names something outside the project, whose content no key can cover."""
     for name, value in parameters.items():
-        texts = [value] if isinstance(value, str) else _strings(value)
-        if any(part.startswith(_OUTSIDE) for text in texts for part in (text, text.removeprefix("hotfixed:"))):
-            return name
+        for text in _strings(value):
+            if name in _PLACES or "/" in text or text.startswith("~") or not _OUTSIDE.isdisjoint(text.split(":")):
+                return name
     return None
 
 
@@ -72,6 +76,8 @@ def reusable(folder: Path, wanted: Mapping[str, str] | None) -> tuple[status.Not
         records.load_record(folder / records.RECORD_NAME)
     except (OSError, records.RecordError) as error:
         return None, f"its record cannot be read: {error}"
+    if not (folder / REPORT_NAME).is_file():
+        return None, "its report is gone"
     return found, "unchanged"
 
 
@@ -84,8 +90,8 @@ def _strings(value: Any) -> list[str]:
 
 
 def _source(notebook: Path) -> list[Any]:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [[cell["cell_type"], cell["source"], cell["metadata"].get("tags", [])] for cell in cells]
+    cells = load_notebook(notebook).cells
+    return [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]
 
 
 @cache

@@ -11,14 +11,13 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from aiterlab import host, provenance, records, security
 from aiterlab.suite import gpus, hold, resume, schedule, status, warm, worker
-from aiterlab.suite.executed import EXECUTED_NAME, is_whole
 from aiterlab.suite.job import Job
 from aiterlab.suite.parameters import (
     Parameter,
@@ -28,10 +27,9 @@ from aiterlab.suite.parameters import (
     read_parameters,
     unknown,
 )
-from aiterlab.suite.report import rebuild_report
-from aiterlab.suite.results import RUN_NAME
-
-LATEST_NAME = "latest"
+from aiterlab.suite.report import say_reused
+from aiterlab.suite.results import LATEST_NAME, RUN_NAME, led_to
+from aiterlab.suite.wording import reused_words
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,15 @@ def plan_runs(
     return plans
 
 
+def choose(plans: Sequence[Plan], only: Sequence[str]) -> list[Plan]:
+    """Return the plans with these stems, all if none is named; raises ParameterError over one that is not there."""
+    by_stem = {plan.row.stem: plan for plan in plans}
+    for stem in only:
+        if stem not in by_stem:
+            raise ParameterError(unknown("unknown notebook", stem, by_stem))
+    return [plan for stem, plan in by_stem.items() if not only or stem in only]
+
+
 @dataclass(frozen=True)
 class Run:
     """A results folder and what was asked for; `run.json` in it says so, and how it ended."""
@@ -152,7 +159,7 @@ def new_run(results: Path, profile: str) -> Run:
 
 def old_run(results: Path, name: str) -> Run:
     """Return a run that is there, to go on with it; raises ParameterError if there is none."""
-    folder = Path(name) if Path(name).is_dir() else results / name
+    folder = led_to(Path(name) if Path(name).is_dir() else results / name)
     try:
         said = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
         asked = said["profile"], tuple(said["only"]), tuple(said["settings"]), said["given"]
@@ -161,6 +168,11 @@ def old_run(results: Path, name: str) -> Run:
         known = sorted(file.parent.name for file in results.glob(f"*/{RUN_NAME}") if not file.parent.is_symlink())
         raise ParameterError(unknown("--resume: there is no run", name, known)) from None
     return Run(folder.resolve(), *asked, resumed=True, started_utc=started_utc)
+
+
+def ending_of(plan: Plan, run: Run) -> status.NotebookStatus | None:
+    """Return how a notebook that is not run this time ended in this run before; None if it has not been run."""
+    return status.NotebookStatus.load(run.folder / plan.row.stem)
 
 
 @contextlib.contextmanager
@@ -240,7 +252,9 @@ def _node(plan: Plan, run: Run, facts: Mapping[str, Any], say: Callable[[str], N
     )
 
     def prepare(job: Job, ended: Mapping[str, status.NotebookStatus]) -> Job | status.NotebookStatus:
-        needs = [ended[stem] for stem in row.after if stem in ended]
+        # Of one that is not run this time its record may lie there from an earlier time.
+        found = [ended.get(stem) or status.NotebookStatus.load(run.folder / stem) for stem in row.after]
+        needs = [ending for ending in found if ending]
         job = replace(job, key=resume.key(job, row.reads, needs))
         if run.resumed:
             found, why = resume.reusable(job.folder, job.key)
@@ -259,8 +273,7 @@ def _reused(found: status.NotebookStatus, job: Job, say: Callable[[str], None]) 
     found.reused_from = found.reused_from or found.run
     found.reused_since_utc = found.reused_since_utc or found.ended_utc
     found.save(job.folder)
-    if is_whole(job.folder / EXECUTED_NAME):
-        rebuild_report(job.folder)
+    say_reused(job.folder, reused_words(asdict(found)))
     say(f"{job.stem}  unchanged since {found.reused_since_utc}; its result is reused")
     return found
 
