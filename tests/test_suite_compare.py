@@ -465,3 +465,12 @@ def test_a_record_of_an_unknown_notebook_is_compared_by_its_finding_alone(result
         (tmp_path / f"{name}.json").write_text(json.dumps({"stem": "99_new", "finding": name, "parameters": None}))
     code, out, _ = run_compare(results, capsys, tmp_path / "a.json", tmp_path / "b.json")
     assert code == 3 and "| 99_new | a | b |" in out
+
+
+@pytest.mark.parametrize("ending", ["skipped", "interrupted"])
+def test_what_was_not_tried_is_not_worse(tmp_path, ending):
+    add_run(tmp_path, "one", [REPRODUCE, FIX])
+    add_notebook(add_run(tmp_path, "two", [REPRODUCE]), FIX, ending, "for a reason of its own")
+    compared = comparison.compare_sides(*(comparison.find_side(name, tmp_path) for name in ("one", "two")))
+    assert compared.verdict is Verdict.SAME
+    assert "record of the second" in {notebook.stem: notebook for notebook in compared.notebooks}[FIX].obstacle

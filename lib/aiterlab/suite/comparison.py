@@ -12,10 +12,11 @@ from aiterlab.records import RECORD_NAME
 from aiterlab.suite import judgement, status
 from aiterlab.suite.judgement import CellChange, Judgement, Verdict
 from aiterlab.suite.parameters import unknown
-from aiterlab.suite.results import Entry, read_entry, read_json, read_run, text
+from aiterlab.suite.results import LATEST_NAME, Entry, led_to, read_entry, read_json, read_run, text
 
 REFERENCE = "reference"
-LATEST = "latest"
+# Of such an ending no question was answered, for reasons that are not the code's.
+_NOT_TRIED = (status.SKIPPED, status.INTERRUPTED, status.CELL_NOT_RUN)
 _NOT_THE_ENVIRONMENT = frozenset({"utc", "missing"})
 
 
@@ -99,12 +100,11 @@ def find_side(name: str, results: Path) -> Side:
     path = Path(name)
     if not path.exists() and not path.is_absolute() and (results / name).exists():
         path = results / name
-    if path.name == LATEST and path.is_file():  # where links cannot be made, a file names the run
-        path = path.parent / path.read_text(encoding="utf-8").strip()
+    path = led_to(path)
     if path.is_file():
         return _record_side(name, path)
     if not path.is_dir():
-        known = [REFERENCE, LATEST, *(sorted(os.listdir(results)) if results.is_dir() else [])]
+        known = [REFERENCE, LATEST_NAME, *(sorted(os.listdir(results)) if results.is_dir() else [])]
         raise SourceError(f"{unknown('no such run, folder or record', name, known)}")
     if (path / RECORD_NAME).is_file() or (path / status.STATUS_NAME).is_file():
         return Side(name, _by_stem(name, [path.resolve()]))
@@ -137,6 +137,8 @@ def compare_sides(first: Side, second: Side) -> Comparison:
 def _compare(stem: str, first: Side, second: Side) -> Notebook:
     older, newer = (_entry(stem, side, other) for side, other in ((first, second), (second, first)))
     obstacle = _obstacle(older, "first", first) or _obstacle(newer, "second", second)
+    if obstacle and newer and newer.status and newer.ending in _NOT_TRIED:
+        return Notebook(stem, obstacle=obstacle)
     if obstacle:
         ending = _judge_record(older, newer, second, obstacle)
         return Notebook(stem, ending=ending) if ending else Notebook(stem, obstacle, _judge_ending(older, newer))
@@ -163,7 +165,7 @@ def _obstacle(entry: Entry | None, which: str, side: Side) -> str | None:
 
 
 def _judge_record(older: Entry | None, newer: Entry | None, second: Side, reason: str) -> Ending | None:
-    """Judge that only one side has a record: it is lost in the second, unless left out on purpose, or new in it."""
+    """Judge that only one side has a record: it is lost in the second, unless not tried there, or new in it."""
     if older and older.record is not None and (newer or not second.by_choice):
         verdict = Verdict.WORSE
     elif older and not older.ok and newer and newer.record is not None:

@@ -125,8 +125,8 @@ def against_reference(run: Run, results: Path | None = None) -> Comparison | Non
     """Compare the run with the reference records of its class of machine; None if no notebook has one."""
     reference = reference_side(results or paths.results_dir())
     known = {record.get("stem") for record in reference.references}
-    entries = {entry.stem: entry for entry in run.entries if entry.stem in known and entry.record}
-    return compare_sides(reference, Side(run.name, entries)) if entries else None
+    entries = {entry.stem: entry for entry in run.entries if entry.stem in known}
+    return compare_sides(reference, Side(run.name, entries, provenance=run.provenance)) if entries else None
 
 
 def _endings(run: Run) -> Iterator[list[str]]:
