@@ -195,6 +195,7 @@ def check_notebook(
     notebook = nbformat.read(folder / "executed.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.aiterlab["status"] == word
+    assert notebook.cells[0].source.startswith(f"> **{word}**"), notebook.cells[0].source
     states = [cell["status"] for cell in saved["cells"]]
     code = status.code_cells(notebook)
     assert [cell.metadata.aiterlab["status"] for cell in code] == states, told

@@ -682,7 +682,8 @@ def small_memory(tmp_path):
 @pytest.mark.parametrize("way", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_a_kernel_that_the_system_kills_for_want_of_memory_is_said_to_be_out_of_memory(tmp_path, small_memory, way):
     bench = Bench(tmp_path, way)
-    bench.add("01_a", "1", "kept = []\nwhile True:\n    kept.append(bytearray(b'x' * 20_000_000))", "2")
+    greedy = "kept = []\nwhile True:\n    kept.append(bytearray(b'x' * 20_000_000))"
+    bench.add("01_a", "1", greedy, "2", memory_gb=0.1)
     run = bench.run(shell=small_memory)
     check_run(run, "failed", 1)
     check_notebook(
@@ -691,3 +692,15 @@ def test_a_kernel_that_the_system_kills_for_want_of_memory_is_said_to_be_out_of_
         ["ok", "ok", "out-of-memory", "not run"],
         case=f"killed for memory ({way})",
     )
+
+
+def test_what_a_container_has_no_memory_for_is_skipped(tmp_path, small_memory):
+    bench = Bench(tmp_path)
+    bench.add("01_a", "1", memory_gb=2)
+    bench.add("02_b", "1", memory_gb=0.1)
+    run = bench.run(shell=small_memory)
+    check_run(run, "failed", 1)
+    check_notebook(
+        run.folder / "01_a", "skipped", ["not run"] * 2, "needs 2 GB of memory, and 0.[0-9] GB are free", "no room"
+    )
+    check_notebook(run.folder / "02_b", "ok", case="has room")

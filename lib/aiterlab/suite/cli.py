@@ -136,7 +136,7 @@ def _run(
     interrupted = len(outcomes) < len(chosen) or any(outcome.status == status.INTERRUPTED for outcome in outcomes)
     outcomes += filter(None, rest)
     words = {outcome.status for outcome in outcomes} | ({status.INTERRUPTED} if len(outcomes) < len(plans) else set())
-    ending = status.INTERRUPTED if status.INTERRUPTED in words else status.FAILED if words > {status.OK} else status.OK
+    ending = status.INTERRUPTED if status.INTERRUPTED in words else status.OK if words == {status.OK} else status.FAILED
     exit_code = EXIT_INTERRUPTED if interrupted else EXIT_OK if ending == status.OK else EXIT_FAILED
     held.close()
     seconds = round(monotonic() - began, 3)
