@@ -3,12 +3,12 @@
 
 import pytest
 
-from aiterlab.suite.benchmark import CELLS, GOALS, NOTEBOOKS, summary
+from aiterlab.suite.benchmark import CELLS, FEW, GOALS, MANY, SHAPES, summary
 
 
 def timings(start_s, notebook_s, cell_s):
     """Three turns of somebody with these costs; the last turn was disturbed."""
-    shapes = {"one": (1, 0), "several": (NOTEBOOKS, 0), "long": (NOTEBOOKS, NOTEBOOKS * CELLS)}
+    shapes = {"few": (FEW, 0), "many": (MANY, 0), "long": (MANY, MANY * CELLS)}
     exact = {name: start_s + notebooks * notebook_s + cells * cell_s for name, (notebooks, cells) in shapes.items()}
     return {name: [value - 0.01, value, 10 * value] for name, value in exact.items()}
 
@@ -26,6 +26,6 @@ def test_notebooks_that_were_not_run_have_no_ratio():
 
 
 def test_every_goal_is_about_something_that_is_measured():
-    names = [f"{who}_{shape}_s" for who in ("command", "nbclient") for shape in ("one", "several", "long")]
+    names = [f"{who}_{shape}_s" for who in ("command", "nbclient") for shape in SHAPES]
     names += [f"{what}_{who}_s" for what in ("whole", "single") for who in ("runner", "papermill")]
     assert GOALS.keys() <= summary({name: [1.0] for name in names}).keys()

@@ -30,8 +30,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from aiterlab import paths, records
 
 STEM = "runner"
-NOTEBOOKS, CELLS = 4, 100
-SHAPES = {"one": (1, 1), "several": (NOTEBOOKS, 1), "long": (NOTEBOOKS, 1 + CELLS)}  # notebooks, and cells of each
+FEW, MANY, CELLS = 2, 6, 100  # from two notebooks on the command imports torch for all of them
+SHAPES = {"few": (FEW, 1), "many": (MANY, 1), "long": (MANY, 1 + CELLS)}  # notebooks, and cells of each
 GOALS = {"whole_ratio": 0.6, "single_ratio": 1.05, "overhead_notebook_s": 0.5, "overhead_cell_s": 0.005}
 _OTHERS = """
 import sys
@@ -48,7 +48,7 @@ def overhead(folder: Path, turns: int) -> dict[str, list[float]]:
     """Time notebooks that do nothing, one after another, under nbclient alone and under the whole command, in turns.
 
     Returns:
-        Seconds of every turn: `{nbclient,command}_{one,several,long}_s`.
+        Seconds of every turn: `{nbclient,command}_{few,many,long}_s`.
     """
     seconds: dict[str, list[float]] = {}
     for shape, (notebooks, cells) in SHAPES.items():
@@ -97,10 +97,10 @@ def summary(measured: dict[str, list[float]]) -> dict[str, float]:
     """Return what the goals are about, from medians of the turns; what was not measured is absent."""
     middle = {name: statistics.median(values) for name, values in measured.items()}
     found = {}
-    if "command_one_s" in middle:
+    if "command_few_s" in middle:
         notebook_s, cell_s = _each(middle, "command")
         plain_notebook_s, plain_cell_s = _each(middle, "nbclient")
-        found["command_start_s"] = middle["command_one_s"] - notebook_s
+        found["command_start_s"] = middle["command_few_s"] - FEW * notebook_s
         found["overhead_notebook_s"] = notebook_s - plain_notebook_s
         found["overhead_cell_s"] = cell_s - plain_cell_s
     for name in ("whole", "single"):
@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _each(seconds: dict[str, float], who: str) -> tuple[float, float]:
     """Return what one notebook more takes, and one cell more."""
-    one, several, long = (seconds[f"{who}_{shape}_s"] for shape in SHAPES)
-    return (several - one) / (NOTEBOOKS - 1), (long - several) / (NOTEBOOKS * CELLS)
+    few, many, long = (seconds[f"{who}_{shape}_s"] for shape in SHAPES)
+    return (many - few) / (MANY - FEW), (long - many) / (MANY * CELLS)
 
 
 def _write(path: Path, cells: int) -> None:

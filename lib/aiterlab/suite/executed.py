@@ -49,7 +49,11 @@ def publishable(notebook: NotebookNode) -> NotebookNode:
 
 def write_executed(notebook: NotebookNode, path: Path) -> None:
     """Write the executed copy atomically, leaving out the largest outputs if it would be too large otherwise."""
-    copy = publishable(notebook)
+    write_copy(publishable(notebook), path)
+
+
+def write_copy(copy: NotebookNode, path: Path) -> None:
+    """Do so with a copy that is `publishable` already, and changed here."""
     _add_banners(copy)
     atomic_write_text(path, _fit_notebook(copy, LIMIT_BYTES, _LEFT_OUT) + "\n")
 

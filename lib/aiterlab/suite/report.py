@@ -10,8 +10,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from html import escape
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +71,41 @@ def say_reused(folder: Path, words: str) -> None:
 def render_report(notebook: nbformat.NotebookNode, links: Mapping[str, str] | None = None) -> str:
     """Return the page; `links` are files beside it, each with its words."""
     contents = Contents()
-    with as_file(files("aiterlab.suite") / "template") as templates:
-        exporter = HTMLExporter(
-            template_name=_TEMPLATE,
-            extra_template_basedirs=[str(templates)],
-            filters={
-                "clean_html": clean_html,
-                "prose": contents.prose,
-                "tojson_plain": _json,
-                "svg_source": _svg_source,
-                "duration": duration_words,
-                "tone": tone_of,
-            },
-            exclude_anchor_links=True,
-            exclude_input_prompt=True,
-            exclude_output_prompt=True,
-            **dict.fromkeys(_NETWORK_URLS, ""),
-        )
-        exporter.config.NbConvertBase.display_data_priority = _SHOWN
-        css = (templates / "style.css").read_text(encoding="utf-8") + _code_colours()
-        page, _ = exporter.from_notebook_node(
-            notebook, resources={"report_css": css, "links": links or {}, **_header(notebook)}
-        )
+    exporter = _exporter()
+    exporter.register_filter("prose", contents.prose)
+    page, _ = exporter.from_notebook_node(notebook, resources={"links": links or {}, **_header(notebook)})
     return page.replace(_CONTENTS_MARK, contents.to_html(), 1)
+
+
+def prepare() -> None:
+    """Compile the templates, which takes longer than a small report; what is forked then has them."""
+    notebook = nbformat.v4.new_notebook(metadata={METADATA_KEY: {}})
+    render_report(notebook)
+
+
+@cache
+def _exporter() -> HTMLExporter:
+    templates = Path(str(files("aiterlab.suite"))) / "template"
+    css = (templates / "style.css").read_text(encoding="utf-8") + _code_colours()
+    exporter = HTMLExporter(
+        template_name=_TEMPLATE,
+        extra_template_basedirs=[str(templates)],
+        filters={
+            "clean_html": clean_html,
+            "tojson_plain": _json,
+            "svg_source": _svg_source,
+            "duration": duration_words,
+            "tone": tone_of,
+        },
+        exclude_anchor_links=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        default_preprocessors=[],  # for this template they do nothing, with a copy and a validation each
+        **dict.fromkeys(_NETWORK_URLS, ""),
+    )
+    exporter.config.NbConvertBase.display_data_priority = _SHOWN
+    exporter.environment.globals["report_css"] = css
+    return exporter
 
 
 class Contents:

@@ -78,14 +78,7 @@ def clean_html(html: str) -> str:
     html, blocks = _cut_out("style", html)
     html, _ = _cut_out("script", html)
     styles = "".join(map(_clean_stylesheet, blocks))
-    cleaned = bleach.clean(
-        html,
-        tags=_TAGS,
-        attributes=_is_allowed,
-        protocols={"http", "https", "mailto", "data"},
-        css_sanitizer=_CSS,
-        strip=True,
-    )
+    cleaned = _cleaner().clean(html)
     if "<table" in cleaned or "<img" in cleaned:
         cleaned = _rework(cleaned)
     return f"<style>{styles}</style>{cleaned}" if styles else cleaned
@@ -151,6 +144,12 @@ def _is_allowed(tag: str, name: str, value: str) -> bool:
     if name == "class":
         return _page_classes().isdisjoint(value.split())
     return name in _ATTRIBUTES
+
+
+@cache
+def _cleaner() -> bleach.Cleaner:
+    protocols = {"http", "https", "mailto", "data"}
+    return bleach.Cleaner(tags=_TAGS, attributes=_is_allowed, protocols=protocols, css_sanitizer=_CSS, strip=True)
 
 
 @cache

@@ -69,6 +69,8 @@ def preload(*, shared: bool) -> bool:
                 pass
             except Exception:  # OSError and RuntimeError too: a torch whose libraries are not there
                 broken = True
+        if shared and not broken:
+            sys.modules["aiterlab.suite.report"].prepare()
     if before is None:
         del os.environ["MPLBACKEND"]
     if broken or threading.active_count() > 1 or not sys.modules.keys().isdisjoint(OBSERVED):
