@@ -28,6 +28,9 @@ def test_every_raw_sample_is_one_row(tmp_path):
     run = add_run(tmp_path, "one", [KERNELS, SPEC], _04=kernels, _05=spec)
     table = read_samples(run)
     assert tuple(table.columns) == samples.COLUMNS
+    origins = table[["run", "commit", "machine"]].drop_duplicates()
+    commits = [record["provenance"]["git_commit"][:12] for record in (kernels, spec)]
+    assert origins.values.tolist() == [["one", commit, "NVIDIA H200"] for commit in commits]
     row = kernels["timings"]["workload"].index("decode_1x8k") + 1
     case = {name: kernels["timings"][name][row] for name in ("workload", "provider", "implementation", "dtype")}
     chosen = table[(table.metric == "latency") & (table[list(case)] == pd.Series(case)).all(axis=1)]

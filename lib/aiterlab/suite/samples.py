@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lay every raw sample of a run into one tidy table: one row a sample, one column a label, so that any tool reads it.
 
-The columns are the same in every run. A value that is missing is an empty field, and `reason` says why.
+The columns are the same in every run, and the first three tell runs apart that were put together. A value that is
+missing is an empty field, and `reason` says why.
 """
 
 import csv
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from aiterlab.records import atomic_write_text
@@ -17,7 +18,7 @@ from aiterlab.suite.results import Entry, Run, number, text
 
 SAMPLES_NAME = "samples.csv"
 LABELS = tuple(dict.fromkeys(["cell", *(label for metric in METRICS if metric.listed for label in metric.labels)]))
-COLUMNS = ("stem", "metric", "unit", *LABELS, "sample", "value", "reason")
+COLUMNS = ("run", "commit", "machine", "stem", "metric", "unit", *LABELS, "sample", "value", "reason")
 
 
 def write_samples(run: Run) -> Path:
@@ -26,7 +27,11 @@ def write_samples(run: Run) -> Path:
     writer = csv.writer(whole, lineterminator="\n")
     writer.writerow(COLUMNS)
     for entry in run.entries:
-        writer.writerows(rows_of_entry(entry))
+        facts = (entry.record or {}).get("provenance") or entry.status.get("provenance") or run.provenance
+        facts = facts if isinstance(facts, Mapping) else {}
+        machine = ", ".join(map(str, facts.get("accelerators") or ())) or facts.get("cpu_model") or ""
+        origin = [_scrubbed(str(word)) for word in (run.name, (facts.get("git_commit") or "")[:12], machine)]
+        writer.writerows(origin + row for row in rows_of_entry(entry))
     return atomic_write_text(run.folder / SAMPLES_NAME, whole.getvalue())
 
 
