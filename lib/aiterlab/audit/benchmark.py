@@ -17,7 +17,7 @@ import time
 from math import ceil
 from pathlib import Path
 
-from aiterlab import paths, records, trees
+from aiterlab import host, paths, records, trees
 from aiterlab.audit import matrix
 from aiterlab.probes import Progress, pool
 
@@ -50,7 +50,7 @@ def measure(names: list[str], cold: int, workers: int | None) -> dict:
     )
     return {
         "trees": names,
-        "workers": workers or len(os.sched_getaffinity(0)),
+        "workers": workers or host.usable_cores(),
         "load_average": round(os.getloadavg()[0], 1),
         "cells": len(cells),
         "groups": len({cell.group for cell in cells}),

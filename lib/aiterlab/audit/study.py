@@ -6,11 +6,11 @@ The notebook's side of what `python -m aiterlab audit` does on a command line.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from aiterlab import host
 from aiterlab.audit import detector, matrix, statements, wording
 from aiterlab.audit.judgement import Judgement
 from aiterlab.machines import ARCHITECTURES
@@ -42,7 +42,7 @@ class Audit:
     def __init__(self, wanted: Sequence[str], workers: int = 0, architectures: Collection[str] = ARCHITECTURES) -> None:
         self.found = get_all(names(wanted))
         self.trees = {name: tree for name, tree in self.found.items() if isinstance(tree, Tree)}
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or host.usable_cores()
         self.cells = [cell for tree in self.trees.values() for cell in matrix.default(tree, architectures)]
         self.rows: list[dict] = []
         self.judgements: list[Judgement] = []

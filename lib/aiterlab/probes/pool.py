@@ -17,7 +17,7 @@ from functools import cached_property
 from math import ceil
 from pathlib import Path
 
-from aiterlab import paths
+from aiterlab import host, paths
 from aiterlab.probes import answers, preload
 from aiterlab.probes.cells import Cell
 from aiterlab.probes.plan import Plan
@@ -70,7 +70,7 @@ def ask(
         fresh: ask again what this run has an answer to.
         root: the process that cells on simulated machines are forked from, if one was `started`.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or host.usable_cores()
     folder = paths.cells_dir()
     context = answers.context() + (" cold" if cold else "")
     files = [folder / f"{cell.key(context)}.json" for cell in cells]

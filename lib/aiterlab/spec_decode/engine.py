@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import socket
 import sys
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aiterlab import host
 from aiterlab.spec_decode import models, processes
 from aiterlab.spec_decode.metrics import Counters
 
@@ -438,7 +438,7 @@ def alive(
         raise ValueError(f"engines need names of their own; there are several called {', '.join(sorted(twice))}")
     began = time.monotonic()
     engines: dict[str, Engine] = {}
-    cores = len(os.sched_getaffinity(0))  # to compile for a GPU keeps one busy
+    cores = host.usable_cores()  # to compile for a GPU keeps one busy
     at_a_time = at_a_time or (max(2, cores) if processes.has_gpu() else min(4, max(2, cores)))
     try:
         for spec in specs:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from aiterlab import paths, records
+from aiterlab import host, paths, records
 from aiterlab.progress import Progress
 from aiterlab.spec_decode import (
     acceptance,
@@ -534,7 +533,7 @@ def _served(made: Serving) -> dict:
 def _told(work: Callable, jobs: Sequence, what: str) -> Iterator:
     """Do jobs on several engines at once, as many as there are cores; answers come in the order of the jobs."""
     began, progress = time.monotonic(), Progress(what=what)
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as threads:
+    with ThreadPoolExecutor(host.usable_cores()) as threads:
         for done, answer in enumerate(threads.map(work, jobs), 1):
             progress(done, len(jobs), time.monotonic() - began)
             yield answer

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from aiterlab import host
 from aiterlab.attention.isa.assembly import Block, Code
 from aiterlab.attention.isa.launches import Launch
 from aiterlab.machines.description import Machine
@@ -77,7 +78,7 @@ def compile_launches(
                 progress(next(done), len(launches) * len(architectures), answer)
         return found
 
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or host.usable_cores()) as pool:
         return [answer for answers in pool.map(compile_for, architectures) for answer in answers]
 
 
