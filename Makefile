@@ -17,6 +17,9 @@ STRIP := --keep-id --extra-keys "metadata.papermill metadata.widgets metadata.la
 help: ## say what can be made (the default)
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
+# each notebook as plain text beside it, for reviews; also in .pre-commit-config.yaml
+REVIEW := --to review//py:percent --opt notebook_metadata_filter=-all
+
 run: setup ## run every notebook, results under results/latest (ARGS="--profile smoke" for the short way)
 	@$(VENV)/bin/python run_all.py $(ARGS)
 
@@ -43,6 +46,7 @@ format: setup ## mend what lint complains of, as far as a tool can
 	@$(VENV)/bin/python -m ruff check --fix .
 	@$(VENV)/bin/python -m ruff format .
 	@find notebooks -name '*.ipynb' -not -path '*/.*' -exec $(VENV)/bin/nbstripout $(STRIP) {} +
+	@$(VENV)/bin/python -m jupytext --quiet $(REVIEW) notebooks/*.ipynb
 
 setup: ## set up .venv (done by all of the above)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" environments/cpu/install.sh

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -115,6 +116,24 @@ def test_makefile_and_hook_strip_notebooks_alike():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     entry = next(hook["entry"] for hook in hooks if hook["id"] == "nbstripout")
     assert shlex.split(entry)[1:] == strip_options()
+
+
+def test_makefile_and_hook_write_the_texts_for_reviews_alike():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entry = next(hook["entry"] for hook in hooks if hook["id"] == "jupytext")
+    (options,) = re.findall(r"^REVIEW := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert shlex.split(entry)[4:] == shlex.split(options)
+
+
+def test_each_notebook_lies_beside_as_the_text_that_reviews_read(tmp_path):
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        shutil.copy(path, tmp_path)
+    options = re.search(r"^REVIEW := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    command = [sys.executable, "-m", "jupytext", "--quiet", *shlex.split(options), *tmp_path.glob("*.ipynb")]
+    subprocess.run(command, check=True)
+    written, kept = ({path.name: path.read_text() for path in folder.iterdir()}
+                     for folder in (tmp_path / "review", ROOT / "notebooks" / "review"))  # fmt: skip
+    assert kept == written, "a notebook has changed, and its text has not: make format"
 
 
 def test_hooks_run_offline():
