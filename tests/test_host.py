@@ -2,6 +2,7 @@
 """The machine, read from the files of drivers and cgroups as they look on other machines."""
 
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,35 @@ def test_amd_gpus_are_read_from_the_kernel_driver(system):
         "gpu_driver": "amdgpu 6.16.6",
     }
     assert host.amd_gpus(system)[0]["uuid"] == "GPU-123456789abcdef0"
+
+
+def test_memory_that_is_taken_on_amd_gpus_is_read_anew_each_time(system, monkeypatch):
+    write(system, "sys/class/kfd/kfd/topology/nodes/2/properties", INSTINCT)
+    used = "sys/class/drm/renderD128/device/mem_info_vram_used"
+    read = host.amd_gpus
+    monkeypatch.setattr(host, "amd_gpus", lambda: read(system))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert host.gpu_memory_used(["0"]) is None
+    for size in (5, 3):
+        write(system, used, f"{size * 2**30}\n")
+        assert host.gpu_memory_used(["0"]) == size * 2**30
+    assert host.gpu_memory_used(["1"]) is None
+
+
+def test_memory_that_is_taken_on_nvidia_gpus_is_that_of_the_chosen_ones(monkeypatch):
+    taken = {0: 7, 1: 11, 2: 13}  # by NVML's index, whose order need not be that of the device files
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: len(taken),
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMinorNumber=lambda handle: 2 - handle,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=taken[handle]),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert host.gpu_memory_used(["0", "1"]) == 13 + 11
+    assert host.gpu_memory_used([]) is None
+    del nvml.nvmlDeviceGetMemoryInfo  # a driver that does not answer
+    assert host.gpu_memory_used(["0"]) is None
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,30 @@ def test_a_notebook_that_is_gone_or_none_by_now_is_a_setup_that_failed(tmp_path,
     assert saved["status"] == "setup-failed" and (tmp_path / "r" / "01_x" / "report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("left_bytes", "left_over"), [(2**20, []), (3 * 2**30, ["3.0 GiB of GPU memory that nothing"])]
+)
+def test_gpu_memory_is_told_and_must_come_back(tmp_path, monkeypatch, left_bytes, left_over):
+    before, marker = 5 * 2**30, tmp_path / "on the GPU"
+
+    def used(numbers):
+        assert numbers == ["0"]
+        if not marker.exists():
+            return before
+        return before + int(marker.read_text())
+
+    monkeypatch.setattr(watch.gpus, "visible", lambda: ["0"])
+    monkeypatch.setattr(watch.host, "gpu_memory_used", used)
+    monkeypatch.setattr(watch, "_MEMORY_INTERVAL_S", 0.1)
+    monkeypatch.setattr(watch, "_GPU_FREED_S", 0.5)
+    file = f"__import__('pathlib').Path({str(marker)!r})"
+    cells = (f"{file}.write_text(str(7 * 2**30))", "import time; time.sleep(2)", f"{file}.write_text('{left_bytes}')")
+    outcome, folder, _ = run(tmp_path, *cells)
+    assert outcome.ok and outcome.peak_gpu_memory_bytes == 7 * 2**30
+    assert [words[: len(said)] for words, said in zip(outcome.left_over, left_over, strict=True)] == left_over
+    assert "7.00 GiB" in (folder / "report.html").read_text()
+
+
 def test_skipped_and_allowed_cells_are_told_apart(tmp_path):
     path = write_notebook(tmp_path / "notebooks" / "01_x.ipynb", "1", "raise ValueError", "2")
     notebook = nbformat.read(path, 4)

@@ -6,6 +6,7 @@ torch takes seconds; so GPUs are asked through the kernel driver's own files and
 files show the real GPUs, also to a process that runs on a simulated machine.
 """
 
+import contextlib
 import math
 import os
 import platform
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,22 @@ def gpus(missing: dict[str, str]) -> dict[str, Any]:
     facts, reasons = _gpus(_SYSTEM)
     missing.update(reasons)
     return {name: list(value) if isinstance(value, list) else value for name, value in facts.items()}
+
+
+def gpu_memory_used(numbers: Collection[str]) -> int | None:
+    """Return the bytes of memory that are taken, by whomever, on GPUs with these numbers (`suite.gpus.visible`).
+
+    None where no driver tells. Nothing is initialised on a GPU, and no process is started.
+    """
+    used = [gpu["memory_used_bytes"] for number, gpu in enumerate(amd_gpus()) if str(number) in numbers]
+    with contextlib.suppress(Exception):  # no NVIDIA package, no driver, or a driver that does not answer
+        import pynvml
+
+        pynvml.nvmlInit()
+        devices = [pynvml.nvmlDeviceGetHandleByIndex(place) for place in range(pynvml.nvmlDeviceGetCount())]
+        chosen = [device for device in devices if str(pynvml.nvmlDeviceGetMinorNumber(device)) in numbers]
+        used += [pynvml.nvmlDeviceGetMemoryInfo(device).used for device in chosen]
+    return None if not used or None in used else sum(used)
 
 
 def process_seconds() -> float:
@@ -134,11 +152,12 @@ def amd_gpus(system: Path = _SYSTEM) -> list[dict[str, Any]]:
             continue  # a processor
         device = system / f"sys/class/drm/renderD{told.get('drm_render_minor', '')}/device"
         architecture = f"gfx{number // 10000}{number // 100 % 100:x}{number % 100:x}"
-        memory = _read(device / "mem_info_vram_total")
+        memory, used = _read(device / "mem_info_vram_total"), _read(device / "mem_info_vram_used")
         found.append(
             {
                 "name": _read(device / "product_name") or f"AMD {architecture}",
                 "memory_bytes": int(memory) if memory else None,
+                "memory_used_bytes": int(used) if used else None,
                 "architecture": architecture,
                 "driver": driver,
                 "uuid": f"GPU-{int(told.get('unique_id', 0)):016x}",  # as HIP and ROCR take it

@@ -149,7 +149,7 @@ def _header(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     stopped = [
         state.get("title", "") for state in states if run.get("error_cell") and state.get("number") == run.error_cell
     ]
-    memory = number(run.get("peak_memory_bytes"))
+    memory, gpu_memory = (number(run.get(f"peak_{kind}_bytes")) for kind in ("memory", "gpu_memory"))
     rows = [
         ("Notebook", run.get("stem")),
         ("Run", run.get("run")),
@@ -158,6 +158,7 @@ def _header(notebook: nbformat.NotebookNode) -> dict[str, Any]:
         ("Duration", duration_words(number(run.get("seconds")))),
         ("Cells", ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"),
         ("Peak memory", f"{memory / 2**30:.2f} GiB" if memory else None),
+        ("Peak GPU memory", f"{gpu_memory / 2**30:.2f} GiB" if gpu_memory is not None else None),
         ("Commit", commit_words(facts)),
         ("Python", facts.get("python")),
         ("Machine", facts.get("platform")),

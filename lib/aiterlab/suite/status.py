@@ -69,7 +69,8 @@ class NotebookStatus:
     ended_utc: str | None = None
     seconds: float | None = None  # on a clock that nobody can set
     peak_memory_bytes: int | None = None  # proportional set size of all its processes, seen every few seconds
-    left_over: list[str] = field(default_factory=list)  # processes that outlived the kernel and were killed
+    peak_gpu_memory_bytes: int | None = None  # taken on its GPUs since it began, likewise; None where nobody tells
+    left_over: list[str] = field(default_factory=list)  # processes that outlived the kernel; GPU memory, them
     key: dict[str, str] | None = None  # hashes of all that the result depends on; None where it cannot be reused
     reused_from: str | None = None  # the run that computed this, where it is not the one that shows it
     reused_since_utc: str | None = None

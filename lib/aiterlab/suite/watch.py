@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 import nbformat
 import psutil
 
-from aiterlab.suite import family, signals
+from aiterlab import host
+from aiterlab.suite import family, gpus, signals
 from aiterlab.suite import status as words
 
 GRACE_S = 5.0
@@ -24,6 +25,8 @@ _STUCK_S = 30.0
 _STARTUP_S = 120.0
 _FAREWELL_S = 1.0  # for processes that are ending by themselves, as multiprocessing's tracker does
 _MEMORY_INTERVAL_S, _MEMORY_SHARE = 5.0, 0.005  # at most this share of the time: the system walks all pages for it
+# A driver takes a moment to free what a killed process had, and keeps a little for itself.
+_GPU_FREED_S, _GPU_KEPT_BYTES = 10.0, 256 * 2**20
 _INTERRUPT_INTERVAL_S = 1.0  # a kernel ignores an interrupt that comes between two cells
 
 
@@ -69,6 +72,8 @@ class Watch:
         family.adopt_orphans()
         self._spared = family.descendants()
         self._oom_kills = family.oom_kills()
+        self._gpus = gpus.visible()
+        self._gpu_bytes_before = self._gpu_bytes()
         self._began = time.monotonic()
         self._thread.start()
         return self
@@ -80,6 +85,11 @@ class Watch:
         self._done.set()
         self._thread.join()
         self.status.left_over += self.kill()
+        deadline = time.monotonic() + _GPU_FREED_S
+        while (kept := self._gpu_bytes_taken()) > _GPU_KEPT_BYTES and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if kept > _GPU_KEPT_BYTES:
+            self.status.left_over.append(f"{kept / 2**30:.1f} GiB of GPU memory that nothing has freed")
 
     def attach(self, pid: int) -> None:
         """Take charge of a kernel's process."""
@@ -181,6 +191,14 @@ class Watch:
         seen = family.memory_bytes(family.descendants() - self._spared)
         if seen:
             self.status.peak_memory_bytes = max(seen, self.status.peak_memory_bytes or 0)
+        if self._gpu_bytes_before is not None:
+            self.status.peak_gpu_memory_bytes = max(self._gpu_bytes_taken(), self.status.peak_gpu_memory_bytes or 0)
+
+    def _gpu_bytes(self) -> int | None:
+        return host.gpu_memory_used(self._gpus) if self._gpus else None
+
+    def _gpu_bytes_taken(self) -> int:
+        return (self._gpu_bytes() or 0) - (self._gpu_bytes_before or 0)
 
     def _label(self, cell: words.CellStatus) -> str:
         total = len(self.status.cells)
