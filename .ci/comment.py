@@ -25,7 +25,7 @@ MARK = "<!-- summary of ci -->"
 PER_PAGE = 100
 _LINK = re.compile(r"\[([^][]*)\]\([^()]*\)")
 # What opens a link's target, a tag, an address, a mention or a reference.
-_LIVE = re.compile(r"\](?=[(:])|<|/(?=/)|w(?=ww\.)|@|#(?=\d)", re.IGNORECASE)
+_LIVE = re.compile(r"\](?=[(:])|<|&(?=[#\w])|/(?=/)|w(?=ww\.)|@|#(?=\d)", re.IGNORECASE)
 _WORD_JOINER = "\u2060"
 
 
@@ -55,7 +55,7 @@ def summary(artifact: bytes) -> str:
     """Return the text of the artifact's one file, cut, with links as words and all else that is live as plain text."""
     with zipfile.ZipFile(io.BytesIO(artifact)) as archive, archive.open(FILE) as file:
         text = file.read(LONGEST_TEXT_BYTES).decode("utf-8", errors="replace")
-    return _LIVE.sub(rf"\g<0>{_WORD_JOINER}", _LINK.sub(r"\1", text))
+    return _LIVE.sub(rf"\g<0>{_WORD_JOINER}", _LINK.sub(r"\1", text))[:LONGEST_TEXT_BYTES]
 
 
 def own_comment(number: int) -> int | None:

@@ -359,6 +359,8 @@ def test_to_go_on_with_one_leaves_the_others_of_the_run_as_they_are(tmp_path):
     assert whole.text.count("unchanged since") == 3
     bench.run("--resume", "--only", "01_a", "--set", "01_a.workers=4")
     assert "03_c  runs again: changed since: records read" in bench.run("--resume", "--only", "03_c").text
+    bench.rows["02_b"]["memory_gb"] = 1e6  # there was enough once, and what is there needs none
+    assert "02_b  unchanged since" in bench.run("--resume").text
     refused = bench.run("--resume", "--only", "01_x")
     assert refused.process.returncode == 2 and "did you mean '01_a'" in refused.text
 

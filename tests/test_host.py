@@ -110,6 +110,12 @@ def test_memory_that_is_taken_on_nvidia_gpus_is_that_of_the_chosen_ones(monkeypa
     del nvml.nvmlDeviceGetMemoryInfo  # a driver that does not answer
     assert host.gpu_memory_used(["0"]) is None
 
+    def refuse():
+        raise OSError("no such device")
+
+    monkeypatch.setattr(host, "amd_gpus", refuse)
+    assert host.gpu_memory_used(["0"]) is None
+
 
 @pytest.mark.parametrize(
     ("groups", "files", "cores", "memory"),

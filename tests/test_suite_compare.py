@@ -474,3 +474,13 @@ def test_what_was_not_tried_is_not_worse(tmp_path, ending):
     compared = comparison.compare_sides(*(comparison.find_side(name, tmp_path) for name in ("one", "two")))
     assert compared.verdict is Verdict.SAME
     assert "record of the second" in {notebook.stem: notebook for notebook in compared.notebooks}[FIX].obstacle
+
+
+def test_what_an_interrupted_run_did_not_get_to_is_not_worse(tmp_path):
+    add_run(tmp_path, "one", [REPRODUCE, FIX])
+    run = add_run(tmp_path, "two", [REPRODUCE])
+    for ending, verdict in (("interrupted", Verdict.SAME), ("failed", Verdict.WORSE)):
+        facts = json.loads((run / "run.json").read_text()) | {"notebooks": [REPRODUCE, FIX], "status": ending}
+        (run / "run.json").write_text(json.dumps(facts))
+        sides = [comparison.find_side(name, tmp_path) for name in ("one", "two")]
+        assert comparison.compare_sides(*sides).verdict is verdict, ending

@@ -142,7 +142,13 @@ def test_the_copy_says_at_the_top_how_the_run_ended_and_below_which_cell(tmp_pat
         "3",
     ]
     assert len(notebook.cells) == 4
+    (tmp_path / "again").mkdir()
+    assert len(written(copy, tmp_path / "again").cells) == 6
     assert without_banners(copy).cells == notebook.cells
+    notebook.nbformat_minor = 4
+    for cell in notebook.cells:
+        del cell["id"]
+    assert len(written(notebook, tmp_path).cells) == 6
     skipped = written(ended("skipped", "needs the record of 05_x"), tmp_path)
     assert [cell.source[:30] for cell in skipped.cells] == ["> **skipped**: needs the recor", "# Q", "1", "2", "3"]
 

@@ -294,6 +294,34 @@ def test_an_output_that_takes_for_ever_to_render_leaves_a_page_without_it(tmp_pa
     assert "a a a" not in page.main.get_text() and "HTML" in page.main.get_text()
 
 
+def test_what_is_written_once_more_is_scrubbed_once_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SOME_API_TOKEN", "t0psecret-value")
+    write, times = report.write_report, []
+
+    def fail_once(*given):
+        times.append(given)
+        if len(times) == 1:
+            raise RuntimeError("/home/someone has no t0psecret-value")
+        return write(*given)
+
+    monkeypatch.setattr(report, "write_report", fail_once)
+    monkeypatch.setattr(execution, "kernel_environment", _environment_with_real_home(execution.kernel_environment))
+    outcome, folder, _ = run(tmp_path, "1", overrides={"names": ["/home/someone/x"]})
+    assert outcome.status == "failed" and len(times) == 2
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        assert "/home/someone" not in path.read_text() and "t0psecret" not in path.read_text(), path.name
+    assert executed(folder).cells[0].source.startswith("> **failed**")
+
+
+def test_an_output_that_cannot_be_made_fit_costs_neither_status_nor_page(tmp_path):
+    deep = "from IPython.display import JSON, display\nx = 1\nfor _ in range(600):\n    x = [x]\ndisplay(JSON(x))"
+    outcome, folder, _ = run(tmp_path, deep)
+    assert outcome.status in ("ok", "failed") and (folder / "report.html").is_file()
+    assert json.loads((folder / "status.json").read_text())["status"] == outcome.status
+    assert executed(folder).metadata.aiterlab["status"] == outcome.status
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "3", '{"cells": 1}'])
 def test_a_notebook_that_is_gone_or_none_by_now_is_a_setup_that_failed(tmp_path, content):
     path = tmp_path / "01_x.ipynb"

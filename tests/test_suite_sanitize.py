@@ -96,8 +96,24 @@ def test_an_output_cannot_dress_up_as_the_page_or_hide_it():
 @pytest.mark.parametrize("name", ["style", "script"])
 def test_what_is_never_closed_costs_no_more_than_its_length(name):
     with signals.within(60):  # hours, if each began anew
-        assert clean_html(f"before<{name}>" + f"<{name}>" * 100_000) == "before"
+        said = f"before[what follows is not shown: {name} is opened there and never closed]"
+        assert clean_html(f"before<{name}>" + f"<{name}>" * 100_000) == said
         assert clean_html(f"before{f'<{name}></{name}>' * 50_000}after") == "beforeafter"
+
+
+@pytest.mark.parametrize(
+    "disguised",
+    ["<p class='&#118;erdict'>x</p>", "<p class='data &#98;anner'>x</p>", "<table class='&#x76;erdict'></table>"],
+)
+def test_the_pages_classes_are_not_used_in_disguise(disguised):
+    used = [name for element in BeautifulSoup(clean_html(disguised), "html.parser").select("[class]")
+            for name in element["class"]]  # fmt: skip
+    assert used in ([], ["scroll"])  # the box of a table is ours
+
+
+def test_what_only_mentions_a_style_keeps_its_text():
+    assert clean_html("<!-- <style> --><p>kept</p>") == "<p>kept</p>"
+    assert "kept" in clean_html("<style-x>kept</style-x>")
 
 
 def test_html_that_is_too_long_says_so():

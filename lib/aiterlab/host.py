@@ -73,7 +73,9 @@ def gpu_memory_used(numbers: Collection[str]) -> int | None:
 
     None where no driver tells. Nothing is initialised on a GPU, and no process is started.
     """
-    used = [gpu["memory_used_bytes"] for number, gpu in enumerate(amd_gpus()) if str(number) in numbers]
+    used = []
+    with contextlib.suppress(OSError, ValueError):
+        used += [gpu["memory_used_bytes"] for number, gpu in enumerate(amd_gpus()) if str(number) in numbers]
     with contextlib.suppress(Exception):  # no NVIDIA package, no driver, or a driver that does not answer
         import pynvml
 

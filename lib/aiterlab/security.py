@@ -23,11 +23,13 @@ MASK = "(masked)"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = re.compile(
     r"passw|passphrase|secret|credential|cookie|authorization|\b(?:auth|oauth|creds?|dsn|jwt|pat|webhook)\b"
-    # Also at the end of a word (APIKEY); but token_ids and num_key_value_heads are a model's.
-    r"|token\b(?! (?:ids?|counts?|threshold)\b)|key\b(?! (?:value )?(?:heads?|cache)\b)"
-    r"|(?:api|access|private|ssh) ?keys\b"
-    # PWD alone is a folder, and a pass_rate a share.
-    r"|\w (?:pass|pwd)[ \d]*$"
+    # Also at the end of a word (APIKEY); but token_ids and num_key_value_heads are a model's, a sort_key is nobody's.
+    r"|(?<!per )token\b(?! (?:ids?|counts?|threshold|budget|limit|length|size|rate|type|mask|positions?|m?s)\b)"
+    r"|(?<!sort )(?<!group )(?<!join )(?<!primary )(?<!foreign )"
+    r"key\b(?! (?:value )?(?:heads?|cache|dims?|dtype|size|scales?|length|states?|layers?)\b)"
+    r"|(?:api|access|private|ssh|app|encryption|signing|fernet) ?keys\b"
+    # PWD alone is a folder, a pass_rate a share, and a forward_pass no word.
+    r"|\w (?<!forward )(?<!backward )(?<!single )(?<!first )(?<!second )(?:pass|pwd)[ \d]*$"
 )
 # Shorter values ("1", "false") are no secrets, and would mask ordinary words all over a report.
 _SHORTEST_SECRET = 8

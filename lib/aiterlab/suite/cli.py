@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None, rows: Sequence[Row], notebooks: Path | None
         # What was asked for then holds unless it is asked for anew; --only then says with what to go on, now.
         asked = {
             "profile": options.profile or (run.profile if run else DEFAULT_PROFILE),
-            "only": () if run and not run.only else (*(run.only if run else ()), *only),
-            "settings": (*(run.settings if run else ()), *options.set),
+            "only": () if run and not run.only else tuple(dict.fromkeys((*(run.only if run else ()), *only))),
+            "settings": tuple(dict.fromkeys((*(run.settings if run and not given else ()), *options.set))),
             "given": given or (run.given if run else {}),
         }
         plans = runs.plan_runs(_budgeted(rows, options), notebooks or paths.notebooks_dir(), **asked)
@@ -127,20 +127,24 @@ def _run(
     rest = [runs.ending_of(plan, run) for plan in plans if plan not in chosen]
     outcomes: list[status.NotebookStatus] = []
     say = console.say
+    failure: list[str] = []
     how = {"at_once": options.at_once, "fail_fast": options.fail_fast, "start": start}
     try:
         for outcome in runs.run_plans(chosen, run, say, **how):
             outcomes.append(outcome)
     except KeyboardInterrupt:
         pass  # a second Ctrl-C: fewer outcomes than plans
+    except OSError as error:  # of what the notebooks share, such as the lock of a GPU
+        failure = [f"the run cannot go on: {error}"]
     interrupted = len(outcomes) < len(chosen) or any(outcome.status == status.INTERRUPTED for outcome in outcomes)
+    interrupted = interrupted and not failure
     outcomes += filter(None, rest)
     words = {outcome.status for outcome in outcomes} | ({status.INTERRUPTED} if len(outcomes) < len(plans) else set())
     ending = status.INTERRUPTED if status.INTERRUPTED in words else status.OK if words == {status.OK} else status.FAILED
     exit_code = EXIT_INTERRUPTED if interrupted else EXIT_OK if ending == status.OK else EXIT_FAILED
     held.close()
     seconds = round(monotonic() - began, 3)
-    problems = _problems(lambda: run.save(plans, ending, exit_code, seconds), "run.json cannot be written")
+    problems = failure + _problems(lambda: run.save(plans, ending, exit_code, seconds), "run.json cannot be written")
     console.print_table(plans, outcomes, run.folder)
     try:
         problems += _problems(lambda: bundle.write_bundle(run.folder), "the index cannot be written")

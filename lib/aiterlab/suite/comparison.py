@@ -12,7 +12,7 @@ from aiterlab.records import RECORD_NAME
 from aiterlab.suite import judgement, status
 from aiterlab.suite.judgement import CellChange, Judgement, Verdict
 from aiterlab.suite.parameters import unknown
-from aiterlab.suite.results import LATEST_NAME, Entry, led_to, read_entry, read_json, read_run, text
+from aiterlab.suite.results import LATEST_NAME, Entry, Run, led_to, read_entry, read_json, read_run, text
 
 REFERENCE = "reference"
 # Of such an ending no question was answered, for reasons that are not the code's.
@@ -32,6 +32,7 @@ class Side:
     entries: Mapping[str, Entry]
     references: tuple[Mapping[str, Any], ...] = ()  # several machines' records of one notebook; the other side decides
     provenance: Mapping[str, Any] = field(default_factory=dict)  # of a run, for notebooks that left nothing themselves
+    interrupted: bool = False  # a run that did not get to all that was planned
     by_choice: bool = True  # what it lacks was left out on purpose, by who named it or planned its run
 
 
@@ -117,7 +118,13 @@ def find_side(name: str, results: Path) -> Side:
     # What was planned is among the entries, whatever became of it; without a plan nobody knows what is lacking.
     planned = isinstance(run.facts.get("notebooks"), list)
     entries = {entry.stem: entry for entry in run.entries}
-    return Side(run.name, entries, provenance=run.provenance, by_choice=planned)
+    return run_side(run, entries, by_choice=planned)
+
+
+def run_side(run: Run, entries: Mapping[str, Entry], *, by_choice: bool = True) -> Side:
+    """Return a run as one side of a comparison, with these of its notebooks."""
+    interrupted = text(run.facts.get("status")) == status.INTERRUPTED
+    return Side(run.name, entries, provenance=run.provenance, interrupted=interrupted, by_choice=by_choice)
 
 
 def reference_side(results: Path) -> Side:
@@ -137,7 +144,7 @@ def compare_sides(first: Side, second: Side) -> Comparison:
 def _compare(stem: str, first: Side, second: Side) -> Notebook:
     older, newer = (_entry(stem, side, other) for side, other in ((first, second), (second, first)))
     obstacle = _obstacle(older, "first", first) or _obstacle(newer, "second", second)
-    if obstacle and newer and newer.status and newer.ending in _NOT_TRIED:
+    if obstacle and newer and newer.ending in _NOT_TRIED and (newer.status or second.interrupted):
         return Notebook(stem, obstacle=obstacle)
     if obstacle:
         ending = _judge_record(older, newer, second, obstacle)
@@ -183,7 +190,7 @@ def _ending_words(entry: Entry | None) -> str:
 
 
 def _judge_ending(older: Entry | None, newer: Entry | None) -> Ending | None:
-    if not (older and newer and older.status and newer.status) or older.ok == newer.ok:
+    if not (older and newer and older.status and newer.status) or older.ok == newer.ok or newer.ending in _NOT_TRIED:
         return None
     return Ending(older.ending, newer.ending, Verdict.BETTER if newer.ok else Verdict.WORSE, "how the run ended")
 

@@ -49,11 +49,7 @@ def publishable(notebook: NotebookNode) -> NotebookNode:
 
 def write_executed(notebook: NotebookNode, path: Path) -> None:
     """Write the executed copy atomically, leaving out the largest outputs if it would be too large otherwise."""
-    write_copy(publishable(notebook), path)
-
-
-def write_copy(copy: NotebookNode, path: Path) -> None:
-    """Do so with a copy that is `publishable` already, and changed here."""
+    copy = publishable(notebook)
     _add_banners(copy)
     atomic_write_text(path, _fit_notebook(copy, LIMIT_BYTES, _LEFT_OUT) + "\n")
 
@@ -66,7 +62,7 @@ def without_banners(notebook: NotebookNode) -> NotebookNode:
 
 def _add_banners(notebook: NotebookNode) -> None:
     """Say at the top how the run ended (`NotebookStatus.stamp`), and below the cell that ended it that it did."""
-    run = notebook.metadata.get(status.METADATA_KEY)
+    run = without_banners(notebook).metadata.get(status.METADATA_KEY)  # an executed copy may have been run again
     if run is None:
         return
     said = run["finding"] if run["status"] == status.OK else run["reason"]
@@ -77,6 +73,8 @@ def _add_banners(notebook: NotebookNode) -> None:
             banners[place] = f"**{run['status']}** in the cell above; what follows was not run."
     for place, words in sorted(banners.items(), reverse=True):
         banner = nbformat.v4.new_markdown_cell(f"> {words}", id=f"banner-{place}", metadata={_BANNER: True})
+        if notebook.nbformat_minor < 5:  # cells had no ids then
+            del banner["id"]
         notebook.cells.insert(place, banner)
 
 

@@ -30,7 +30,7 @@ from aiterlab import records
 from aiterlab.paths import RUN_DIR_VARIABLE, STARTED_IN_VARIABLE
 from aiterlab.suite import packing, report, room, signals, status, warm
 from aiterlab.suite.bookkeeping import TruthfulManager, settle_cells
-from aiterlab.suite.executed import EXECUTED_NAME, publishable, without_banners, write_copy
+from aiterlab.suite.executed import EXECUTED_NAME, publishable, without_banners, write_executed
 from aiterlab.suite.job import Job
 from aiterlab.suite.log import CappedLog
 from aiterlab.suite.parameters import ParameterError, load_notebook
@@ -346,34 +346,37 @@ def settle_unrun(job: Job, outcome: status.NotebookStatus) -> None:
 
 
 def write_results(job: Job, notebook: nbformat.NotebookNode, outcome: status.NotebookStatus) -> None:
-    """Write the executed copy, the report, the log and, last, the status that vouches for them."""
+    """Write the log, the executed copy, the report and, last, the status that vouches for them."""
     outcome.cells = outcome.cells or status.list_cells(notebook)
     outcome.finding = _finding(job.folder / records.RECORD_NAME)
     outcome.stamp(notebook)
     settle_cells(notebook)
-    shown = publishable(notebook)
-    for what, write in (
-        ("log", lambda: _scrub_logs(job.folder)),
-        ("report", lambda: _write_report(shown, job.folder)),
-        ("executed copy", lambda: write_copy(shown, job.folder / EXECUTED_NAME)),  # may lose the largest figures
-    ):
+    writers = {
+        "log": lambda _: _scrub_logs(job.folder),
+        "executed copy": lambda shown: write_executed(shown, job.folder / EXECUTED_NAME),
+        # From the notebook in memory: the executed copy may have lost its largest figures.
+        "report": lambda shown: _write_report(shown, job.folder),
+    }
+    broken = set()
+    for what, write in writers.items():
         try:
-            write()
+            write(notebook)
         except Exception as error:  # a run without its report is a failed run, not a lost one
+            broken.add(what)
             if outcome.ok:
                 outcome.end(status.FAILED, f"the {what} could not be written: {type(error).__name__}: {error}")
-                outcome.stamp(shown)
-    if not (job.folder / report.REPORT_NAME).exists():  # what an output has prevented, a page without outputs tells
-        for cell in status.code_cells(shown):
-            cell.outputs = []
-        with contextlib.suppress(Exception):
-            _write_report(shown, job.folder)
+                outcome.stamp(notebook)
+    if broken:  # once more, with the ending that it has now: what an output has prevented tells it without outputs
+        bare = nbformat.from_dict({**notebook, "cells": [{**cell, "outputs": []} for cell in notebook.cells]})
+        for what, write in writers.items():
+            with contextlib.suppress(Exception):
+                write(bare if what in broken else notebook)
     outcome.save(job.folder)
 
 
-def _write_report(shown: nbformat.NotebookNode, folder: Path) -> None:
+def _write_report(notebook: nbformat.NotebookNode, folder: Path) -> None:
     with signals.within(RENDER_S):
-        report.write_report(shown, folder)
+        report.write_report(publishable(notebook), folder)
 
 
 def _scrub_logs(folder: Path) -> None:

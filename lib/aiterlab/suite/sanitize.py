@@ -9,6 +9,7 @@ page's own classes and targets are not an output's to use: it could dress up as 
 # ruff: noqa: SIM905  -- word lists read better as words
 import base64
 import binascii
+import html
 import re
 from functools import cache
 from importlib.resources import files
@@ -32,6 +33,7 @@ _PROPERTIES = frozenset(
 )
 _ATTRIBUTES = frozenset("alt colspan dir height lang open rowspan scope start style title width".split())
 LONGEST_HTML = 2_000_000  # characters of one output; cleaning takes seconds for each million
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _TABLE_ID = r"T_[\w-]+"  # what pandas' Styler calls its tables and cells
 _CSS_FUNCTION = re.compile(r"(?<![\w-])(?!(?:rgba?|hsla?)\()[\w-]*\(", re.IGNORECASE)
 # What a browser skips when it reads the scheme of a link.
@@ -67,35 +69,35 @@ class _Declarations(CSSSanitizer):
 _CSS = _Declarations(allowed_css_properties=_PROPERTIES, allowed_svg_properties=frozenset())
 
 
-def clean_html(html: str) -> str:
-    """Return `html` without anything that runs or loads, its tables each in a box that scrolls on its own.
+def clean_html(text: str) -> str:
+    """Return HTML without anything that runs or loads, its tables each in a box that scrolls on its own.
 
     What is too long is one sentence that says so.
     """
-    if len(html) > LONGEST_HTML:
-        return f"[HTML of {len(html) / 1e6:.1f} million characters is not shown; {LONGEST_HTML / 1e6:.0f} are at most]"
+    if len(text) > LONGEST_HTML:
+        return f"[HTML of {len(text) / 1e6:.1f} million characters is not shown; {LONGEST_HTML / 1e6:.0f} are at most]"
     # Taken out whole: bleach would keep the code between the tags as text.
-    html, blocks = _cut_out("style", html)
-    html, _ = _cut_out("script", html)
+    text, blocks = _cut_out("style", _COMMENT.sub("", text))
+    text, _ = _cut_out("script", text)
     styles = "".join(map(_clean_stylesheet, blocks))
-    cleaned = _cleaner().clean(html)
+    cleaned = _cleaner().clean(text)
     if "<table" in cleaned or "<img" in cleaned:
         cleaned = _rework(cleaned)
     return f"<style>{styles}</style>{cleaned}" if styles else cleaned
 
 
-def _cut_out(name: str, html: str) -> tuple[str, list[str]]:
-    """Return `html` without its elements of this name, and what these hold; one that is never closed holds the rest."""
-    opening, closing = (re.compile(rf"{start}{name}\b", re.IGNORECASE) for start in ("<", "</"))
+def _cut_out(name: str, text: str) -> tuple[str, list[str]]:
+    """Return HTML without its elements of this name, and what these hold; one that is never closed holds the rest."""
+    opening, closing = (re.compile(rf"{start}{name}(?=[\s/>])", re.IGNORECASE) for start in ("<", "</"))
     kept, held, place = [], [], 0
-    while start := opening.search(html, place):  # forwards only: a page of nothing but openings takes no longer
-        kept.append(html[place : start.start()])
-        end = closing.search(html, start.end())
-        held.append(html[start.end() : end.start() if end else len(html)].partition(">")[2])
-        place = html.find(">", end.end()) + 1 if end else 0
+    while start := opening.search(text, place):  # forwards only: a page of nothing but openings takes no longer
+        kept.append(text[place : start.start()])
+        end = closing.search(text, start.end())
+        held.append(text[start.end() : end.start() if end else len(text)].partition(">")[2])
+        place = text.find(">", end.end()) + 1 if end else 0
         if not place:
-            return "".join(kept), held
-    return "".join([*kept, html[place:]]), held
+            return "".join([*kept, f"[what follows is not shown: {name} is opened there and never closed]"]), held
+    return "".join([*kept, text[place:]]), held
 
 
 def clean_svg(svg: str) -> str | None:
@@ -142,7 +144,7 @@ def _is_allowed(tag: str, name: str, value: str) -> bool:
     if name == "id":
         return re.fullmatch(_TABLE_ID, value) is not None
     if name == "class":
-        return _page_classes().isdisjoint(value.split())
+        return _page_classes().isdisjoint(html.unescape(value).split())
     return name in _ATTRIBUTES
 
 

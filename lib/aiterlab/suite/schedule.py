@@ -95,9 +95,9 @@ class Graph:
         with self._signals():
             while self._running or (waiting and not self._interrupts):
                 for node in [] if self._interrupts else list(waiting):
-                    ending = self._skip(node, memory)
+                    ending = self._skip(node)
                     if ending or self._may_start(node, memory):
-                        ending = ending or self._begin(node)
+                        ending = ending or self._begin(node, memory)
                         waiting.remove(node)
                         if ending:
                             yield self._end(ending)
@@ -126,34 +126,30 @@ class Graph:
             time.sleep(_TICK_S)
         return self._gpus is not None
 
-    def _skip(self, node: Node, memory: int) -> status.NotebookStatus | None:
-        """Return the ending of a notebook that will not be run."""
+    def _skip(self, node: Node) -> status.NotebookStatus | None:
+        """Return the ending of a notebook that will not even be looked at."""
         failed = [stem for stem, one in self.ended.items() if one.status not in (status.OK, status.SKIPPED)]
-        reason = None
-        if self.fail_fast and failed:
-            reason = f"{failed[0]} did not end well, and --fail-fast was given"
-        elif node.memory_bytes > memory:
-            reason = f"it needs {node.memory_bytes / 1e9:.0f} GB of memory, and {memory / 1e9:.1f} GB are free here"
-        if reason is None:
+        if not (self.fail_fast and failed):
             return None
-        ending = status.of(node.job)
-        ending.end(status.SKIPPED, reason)
-        self.account(node.job, ending)
-        return ending
+        return self._unrun(node, status.SKIPPED, f"{failed[0]} did not end well, and --fail-fast was given")
 
-    def _begin(self, node: Node) -> status.NotebookStatus | None:
+    def _unrun(self, node: Node, word: str, reason: str) -> status.NotebookStatus:
+        # What an earlier run has left is no result of this one.
+        shutil.rmtree(node.job.folder, ignore_errors=True)
+        return status.end_unrun(node.job, word, reason, self.account)
+
+    def _begin(self, node: Node, memory: int) -> status.NotebookStatus | None:
         try:
             prepared = node.prepare(node.job, self.ended)
             if isinstance(prepared, status.NotebookStatus):
                 return prepared
-            # What an earlier run has left is no result of this one.
+            if node.memory_bytes > memory:
+                needed = f"it needs {node.memory_bytes / 1e9:.0f} GB of memory"
+                return self._unrun(node, status.SKIPPED, f"{needed}, and {memory / 1e9:.1f} GB are free here")
             shutil.rmtree(node.job.folder, ignore_errors=True)
             worker = self.start(prepared)
         except Exception as error:  # such as a notebook that somebody has half saved meanwhile; the others go on
-            ending = status.of(node.job)
-            ending.end(status.SETUP_FAILED, f"{type(error).__name__}: {error}")
-            self.account(node.job, ending)
-            return ending
+            return self._unrun(node, status.SETUP_FAILED, f"{type(error).__name__}: {error}")
         self._running[node.job.stem] = worker
         if self._interrupts:  # the signal came before it could be passed on
             worker.signal(signal.SIGTERM)

@@ -33,7 +33,7 @@ def within(seconds: float) -> Iterator[None]:
 
     with handled(over, (signal.SIGALRM,)):
         if threading.current_thread() is threading.main_thread():
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should something have caught the first
         try:
             yield
         finally:

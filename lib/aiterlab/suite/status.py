@@ -140,12 +140,25 @@ def settle(job: Job, exit_code: int, word: str, account: Callable[[Job, Notebook
     ending = NotebookStatus.load(job.folder) or of(job)
     if ending.ended_utc is None:
         how = f"killed by {signal_name(-exit_code)}" if exit_code < 0 else f"over with exit code {exit_code}"
-        ending.end(word, f"the process that ran the notebook was {how}")
-        try:
-            account(job, ending)
-        except OSError as error:  # as on a full disk; whoever asked knows now
-            ending.end(word, f"{ending.reason}, and its folder cannot be written: {error}")
+        _end(job, ending, word, f"the process that ran the notebook was {how}", account)
     return ending
+
+
+def end_unrun(job: Job, word: str, reason: str, account: Callable[[Job, NotebookStatus], None]) -> NotebookStatus:
+    """Return the ending of a notebook that is not begun, and have its folder written by `account`."""
+    ending = of(job)
+    _end(job, ending, word, reason, account)
+    return ending
+
+
+def _end(
+    job: Job, ending: NotebookStatus, word: str, reason: str, account: Callable[[Job, NotebookStatus], None]
+) -> None:
+    ending.end(word, reason)
+    try:
+        account(job, ending)
+    except OSError as error:  # as on a full disk; whoever asked knows now
+        ending.end(word, f"{ending.reason}, and its folder cannot be written: {error}")
 
 
 def signal_name(number: int) -> str:

@@ -10,7 +10,7 @@ from aiterlab import paths
 from aiterlab.records import atomic_write_text
 from aiterlab.security import scrub
 from aiterlab.suite import changes, status
-from aiterlab.suite.comparison import Comparison, Side, compare_sides, reference_side
+from aiterlab.suite.comparison import Comparison, compare_sides, reference_side, run_side
 from aiterlab.suite.judgement import Verdict
 from aiterlab.suite.markdown import Block, bullets, compose, escape, link, table
 from aiterlab.suite.metrics import Metric, Observation, case_words, metrics_of, observe
@@ -126,7 +126,7 @@ def against_reference(run: Run, results: Path | None = None) -> Comparison | Non
     reference = reference_side(results or paths.results_dir())
     known = {record.get("stem") for record in reference.references}
     entries = {entry.stem: entry for entry in run.entries if entry.stem in known}
-    return compare_sides(reference, Side(run.name, entries, provenance=run.provenance)) if entries else None
+    return compare_sides(reference, run_side(run, entries)) if entries else None
 
 
 def _endings(run: Run) -> Iterator[list[str]]:

@@ -198,7 +198,9 @@ class Watch:
         return host.gpu_memory_used(self._gpus) if self._gpus else None
 
     def _gpu_bytes_taken(self) -> int:
-        return (self._gpu_bytes() or 0) - (self._gpu_bytes_before or 0)
+        if self._gpu_bytes_before is None:  # whose it is that is taken later nobody can tell
+            return 0
+        return (self._gpu_bytes() or 0) - self._gpu_bytes_before
 
     def _label(self, cell: words.CellStatus) -> str:
         total = len(self.status.cells)
