@@ -10,6 +10,7 @@ import pytest
 from bs4 import BeautifulSoup
 from suite_notebooks import write_notebook
 
+from aiterlab.suite import executed as executed_copy
 from aiterlab.suite import execution, report, status, watch
 from aiterlab.suite.executed import LIMIT_BYTES, publishable, write_executed
 from aiterlab.suite.execution import Job, run_notebook
@@ -314,12 +315,19 @@ def test_what_is_written_once_more_is_scrubbed_once_more(tmp_path, monkeypatch):
     assert executed(folder).cells[0].source.startswith("> **failed**")
 
 
-def test_an_output_that_cannot_be_made_fit_costs_neither_status_nor_page(tmp_path):
-    deep = "from IPython.display import JSON, display\nx = 1\nfor _ in range(600):\n    x = [x]\ndisplay(JSON(x))"
-    outcome, folder, _ = run(tmp_path, deep)
-    assert outcome.status in ("ok", "failed") and (folder / "report.html").is_file()
-    assert json.loads((folder / "status.json").read_text())["status"] == outcome.status
-    assert executed(folder).metadata.aiterlab["status"] == outcome.status
+def test_an_output_that_cannot_be_made_fit_costs_neither_status_nor_page(tmp_path, monkeypatch):
+    def deep(notebook):  # as JSON that json reads and nothing else does; really so deep, it would confuse Python 3.11
+        if any(cell.get("outputs") for cell in notebook.cells):
+            raise RecursionError
+        return publishable(notebook)
+
+    for module in (execution, executed_copy):
+        monkeypatch.setattr(module, "publishable", deep)
+    outcome, folder, _ = run(tmp_path, "1")
+    assert outcome.status == "failed" and "the executed copy could not be written: RecursionError" in outcome.reason
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert executed(folder).metadata.aiterlab["status"] == "failed"
+    assert "<strong>failed</strong>" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "3", '{"cells": 1}'])
@@ -347,8 +355,8 @@ def test_gpu_memory_is_told_and_must_come_back(tmp_path, monkeypatch, left_bytes
 
     monkeypatch.setattr(watch.gpus, "visible", lambda: ["0"])
     monkeypatch.setattr(watch.host, "gpu_memory_used", used)
-    monkeypatch.setattr(watch, "_MEMORY_INTERVAL_S", 0.1)
-    monkeypatch.setattr(watch, "_GPU_FREED_S", 0.5)
+    for name, value in {"_MEMORY_INTERVAL_S": 0.1, "_MEMORY_SHARE": 1.0, "_GPU_FREED_S": 0.5}.items():
+        monkeypatch.setattr(watch, name, value)
     file = f"__import__('pathlib').Path({str(marker)!r})"
     cells = (f"{file}.write_text(str(7 * 2**30))", "import time; time.sleep(2)", f"{file}.write_text('{left_bytes}')")
     outcome, folder, _ = run(tmp_path, *cells)
