@@ -65,7 +65,9 @@ def connect(address: str, plans: Sequence[Plan], *, profile: str, stack: str | N
                 logging_level="ERROR",
             )
         except Exception as error:  # Ray raises what it likes, from ConnectionError to RuntimeError
-            why = status.first_line(str(error))
+            with contextlib.suppress(Exception):  # half a connection would be in the way of the next one
+                ray.shutdown()
+            why = status.first_line(str(error)) or type(error).__name__
             mend = "start one with `ray start --head`, or name it in RAY_ADDRESS" if address == "ray" else "is it up?"
             raise ParameterError(f"--on {address}: no Ray cluster to work with ({why}); {mend}") from None
     try:
