@@ -89,7 +89,7 @@ def wait_until(true, limit_s: float = 10.0) -> bool:
 def test_a_crash_and_a_hang_are_rows_and_the_other_cells_go_on(cell):
     asked = [cell("answers"), cell("crashes"), cell("exits"), cell("hangs"), cell("answers", 1)]
     seen = []
-    rows = ask(asked, workers=2, timeout_s=4, progress=lambda done, total, elapsed_s: seen.append((done, total)))
+    rows = ask(asked, workers=2, timeout_s=10, progress=lambda done, total, elapsed_s: seen.append((done, total)))
     assert [row["tree"] for row in rows] == [c.tree.name for c in asked]
     assert seen == [(n, 5) for n in range(1, 6)]
     first, crashed, empty, hung, last = rows
@@ -101,7 +101,7 @@ def test_a_crash_and_a_hang_are_rows_and_the_other_cells_go_on(cell):
     assert crashed["no_answer_reason"] == "ended with status -6: a last word"
     assert empty["no_answer_reason"].startswith("ended with status 0")
     assert hung["no_answer_reason"].startswith("timed out")
-    assert 4 <= hung["seconds"] < 10
+    assert 10 <= hung["seconds"] < 25
     assert not any(alive(pid) for c in asked for pid in pids(c))
     kept = [path for path in paths.cells_dir().iterdir() if path.suffix == ".json"]
     assert [json.loads(path.read_text())["platform"]["outcome"] for path in kept] == ["error", "error"]
