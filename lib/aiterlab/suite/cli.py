@@ -124,7 +124,7 @@ def _run(
     began = monotonic()
     run.save(plans, status.INTERRUPTED, None, None)
     runs.point_latest(run.folder)
-    rest = [runs.ending_of(plan, run) for plan in plans if plan not in chosen]
+    rest = [status.NotebookStatus.load(run.folder / plan.row.stem) for plan in plans if plan not in chosen]
     outcomes: list[status.NotebookStatus] = []
     say = console.say
     failure: list[str] = []
@@ -147,8 +147,10 @@ def _run(
     problems = failure + _problems(lambda: run.save(plans, ending, exit_code, seconds), "run.json cannot be written")
     console.print_table(plans, outcomes, run.folder)
     try:
-        problems += _problems(lambda: bundle.write_bundle(run.folder), "the index cannot be written")
-        say(os.path.relpath(run.folder / pages.INDEX_NAME))
+        unwritten = _problems(lambda: bundle.write_bundle(run.folder), "the index cannot be written")
+        if not unwritten:
+            say(os.path.relpath(run.folder / pages.INDEX_NAME))
+        problems += unwritten
         problems += [f"do not show this around: {leak}" for leak in security.scan_folder(run.folder)]
     except KeyboardInterrupt:
         ending, exit_code = status.INTERRUPTED, EXIT_INTERRUPTED

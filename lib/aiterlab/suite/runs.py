@@ -83,9 +83,7 @@ def plan_runs(
     """
     by_stem = {row.stem: row for row in rows}
     chosen = list(dict.fromkeys(only)) or list(by_stem)
-    for stem in chosen:
-        if stem not in by_stem:
-            raise ParameterError(unknown("unknown notebook", stem, by_stem))
+    _require(chosen, by_stem)
     texts = _read_settings(settings, by_stem, chosen)
     plans = []
     for row in rows:
@@ -100,9 +98,7 @@ def plan_runs(
 def choose(plans: Sequence[Plan], only: Sequence[str]) -> list[Plan]:
     """Return the plans with these stems, all if none is named; raises ParameterError over one that is not there."""
     by_stem = {plan.row.stem: plan for plan in plans}
-    for stem in only:
-        if stem not in by_stem:
-            raise ParameterError(unknown("unknown notebook", stem, by_stem))
+    _require(only, by_stem)
     return [plan for stem, plan in by_stem.items() if not only or stem in only]
 
 
@@ -168,11 +164,6 @@ def old_run(results: Path, name: str) -> Run:
         known = sorted(file.parent.name for file in results.glob(f"*/{RUN_NAME}") if not file.parent.is_symlink())
         raise ParameterError(unknown("--resume: there is no run", name, known)) from None
     return Run(folder.resolve(), *asked, resumed=True, started_utc=started_utc)
-
-
-def ending_of(plan: Plan, run: Run) -> status.NotebookStatus | None:
-    """Return how a notebook that is not run this time ended in this run before; None if it has not been run."""
-    return status.NotebookStatus.load(run.folder / plan.row.stem)
 
 
 @contextlib.contextmanager
@@ -284,6 +275,12 @@ def _account(job: Job, ending: status.NotebookStatus) -> None:
     execution.settle_unrun(job, ending)
 
 
+def _require(stems: Iterable[str], known: Iterable[str]) -> None:
+    for stem in stems:
+        if stem not in known:
+            raise ParameterError(unknown("unknown notebook", stem, known))
+
+
 def _plan(row: Row, notebook: Path, overrides: dict[str, Any], texts: Mapping[str, str]) -> Plan:
     content = load_notebook(notebook)
     try:
@@ -306,8 +303,7 @@ def _read_settings(settings: Iterable[str], known: Iterable[str], chosen: Sequen
         stem, dot, name = target.partition(".")
         if not (equals and dot and stem and name):
             raise ParameterError(f"--set {setting!r}: write it as STEM.name=value")
-        if stem not in known:
-            raise ParameterError(unknown("unknown notebook", stem, known))
+        _require([stem], known)
         if stem not in chosen:
             raise ParameterError(f"--set {setting!r}: --only leaves {stem} out of this run")
         texts.setdefault(stem, {})[name] = text

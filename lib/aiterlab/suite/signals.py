@@ -31,11 +31,12 @@ def within(seconds: float) -> Iterator[None]:
     def over(_number: int, _frame: object) -> None:
         raise TimeoutError(f"it took longer than {seconds:.0f} s")
 
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     with handled(over, (signal.SIGALRM,)):
-        if threading.current_thread() is threading.main_thread():
-            signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should something have caught the first
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again, should something have caught the first
         try:
             yield
         finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
