@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -22,7 +23,7 @@ from aiterlab.suite import status
 WAYS = ("fork", "spawn")
 HARD_LIMIT_S = 150  # of one runner; a harness must not hang
 GONE_S = 5.0
-_MARK = "FAULT_HARNESS_RUN"  # in the environment of a runner, and so of all that it starts
+MARK = "FAULT_HARNESS_RUN"  # in the environment of a runner, and so of all that it starts
 
 # The project's command line, with rows of its own. `torch` is not worth its seconds here.
 _RUNNER = """
@@ -52,6 +53,8 @@ class Bench:
     def __init__(self, folder: Path, way: str = "fork", results: Path | None = None):
         self.notebooks, self.results, self.way = folder / "notebooks", results or folder / "results", way
         self.rows: dict[str, dict] = {}
+        self._temporary = tempfile.TemporaryDirectory(prefix="fh-")  # a short path: sockets lie there
+        self.temporary = Path(self._temporary.name)
 
     def add(self, stem: str, *cells: str, parameters: str | None = None, **row) -> None:
         """Write a notebook, and list it."""
@@ -76,7 +79,7 @@ class Bench:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONPATH": path, **environment, _MARK: mark},
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self.temporary), **environment, MARK: mark},
         )
         return Run(self, process, mark, before)
 
@@ -151,7 +154,7 @@ class Run:
 
     def processes(self) -> list[psutil.Process]:
         """Everything that this run has started and that lives, wherever it hangs in the tree."""
-        wanted = f"{_MARK}={self.mark}".encode()
+        wanted = f"{MARK}={self.mark}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             try:
@@ -224,9 +227,11 @@ def check_notebook(
 
 
 def check_run(run: Run, word: str, exit_code: int | None, returned: int | None = None, may_hold: bool = False) -> None:
-    """What the run leaves as a whole: one word, no half-written file, no process."""
+    """What the run leaves as a whole: one word, no half-written file, no process, nothing of theirs elsewhere."""
     left = run.left()
     assert left == [], f"still running: {left}"
+    assert list(run.bench.temporary.iterdir()) == []
+    assert list(Path("/dev/shm").glob(f"*{run.mark}*")) == []
     said = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
     assert (said["status"], said["exit_code"]) == (word, exit_code), (said["status"], said["exit_code"], run.text)
     assert run.process.returncode == (exit_code if returned is None else returned), run.text

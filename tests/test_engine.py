@@ -152,9 +152,12 @@ def test_a_refused_request_leaves_the_engine_as_it_was(fleet):
 @pytest.mark.slow
 def test_an_idle_engine_burns_no_time(fleet):
     child = psutil.Process(fleet["eagle3"].pid)
-    before = sum(child.cpu_times()[:2])
-    time.sleep(1)
-    assert round(sum(child.cpu_times()[:2]) - before, 3) <= 0.02  # two ticks of the kernel's clock
+    burnt = []
+    for _ in range(3):  # where others work, a tick that is theirs is now and then counted as its own
+        before = sum(child.cpu_times()[:2])
+        time.sleep(1)
+        burnt.append(round(sum(child.cpu_times()[:2]) - before, 3))
+    assert min(burnt) <= 0.02, burnt  # two ticks of the kernel's clock
 
 
 @pytest.mark.slow
@@ -278,7 +281,7 @@ def test_a_group_dies_with_its_parent(run_python):
         process = processes.launch(command, Path("log"), processes.base_environment(), [theirs.fileno()])
         theirs.close()
         assert ours.recv(2) == b"up"
-        print(process.pid, process.folder, len(process.members()), flush=True)
+        print(process.pid, process.folder, len(processes.members(process.pid)), flush=True)
         os._exit(0)
         """,
         CHILD,

@@ -26,8 +26,12 @@ from aiterlab.records import save_record
 save_record({stem!r}, {{"finding": "It is so."}}, parameters=None)"""
 
 DETACHED = """\
-import os, signal, time
+import mmap, os, signal, tempfile, time
+tempfile.mkdtemp()
 if os.fork() == 0:
+    segment = os.open(f"/dev/shm/psm_{os.environ['FAULT_HARNESS_RUN']}", os.O_CREAT | os.O_RDWR)
+    os.truncate(segment, mmap.PAGESIZE)
+    memory = mmap.mmap(segment, mmap.PAGESIZE)
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,6 +12,7 @@ from aiterlab.spec_decode import models, parallel
 from aiterlab.spec_decode.engine import EngineError, EngineSpec, Request, alive
 from aiterlab.spec_decode.metrics import Counters
 
+SHARED_MEMORY = Path("/dev/shm")
 PROMPTS = ["def main():\n    return", "import os\n\nfor name in", "The quick brown fox", "12+34="]
 
 
@@ -41,7 +43,7 @@ def children() -> set[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2)], ids=["tensor parallel", "data parallel"])
 def test_two_ranks_give_the_tokens_of_one(spec, one_rank, tmp_path, tensor, data):
-    before = children()
+    before, shared = children(), set(SHARED_MEMORY.iterdir())
     ranks = parallel.run(spec, REQUESTS, max_tokens=16, log_dir=tmp_path, tensor=tensor, data=data)
     table = parallel.compare(one_rank, ranks, dtype="float32")
     assert len(table) == data
@@ -50,15 +52,17 @@ def test_two_ranks_give_the_tokens_of_one(spec, one_rank, tmp_path, tensor, data
     assert all(mine.counters.drafts > 0 for mine in ranks), "the draft was not used"
     assert {address for mine in ranks for address in mine.addresses} == {"127.0.0.1"}
     assert children() <= before
+    assert set(SHARED_MEMORY.iterdir()) <= shared
 
 
 @pytest.mark.slow
 def test_ranks_that_cannot_start_end_in_one_line(spec, tmp_path):
-    before = children()
+    before, shared = children(), set(SHARED_MEMORY.iterdir())
     with pytest.raises(EngineError) as error:
         parallel.run(replace(spec, max_model_len=1 << 20), REQUESTS, max_tokens=4, log_dir=tmp_path, data=2)
     assert "\n" not in str(error.value)
     assert children() <= before
+    assert set(SHARED_MEMORY.iterdir()) <= shared
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(0, 1), (1, 0)])

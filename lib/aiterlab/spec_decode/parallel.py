@@ -257,7 +257,7 @@ def serve(channel: socket.socket, lines: Iterator[bytes], first: dict[str, Any])
         for number in (0, 1):  # whichever the other side waits for
             answer(number, error=worker.one_line(error), fatal=True)
     finally:
-        os.killpg(0, signal.SIGKILL)  # vLLM takes seconds to shut its ranks down in order
+        processes.kill_group()  # vLLM takes seconds to shut its ranks down in order
 
 
 def _engine(spec: EngineSpec, ranks: int) -> Any:

@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -23,7 +22,7 @@ import time
 from functools import partial
 
 from aiterlab import children, garbage
-from aiterlab.spec_decode import worker
+from aiterlab.spec_decode import processes, worker
 
 # What an engine on the CPU imports beyond `vllm.LLM`; a name that a version does not have is left out.
 MODULES = (
@@ -82,8 +81,7 @@ def main() -> None:
             control.send(json.dumps({"pid": pid}).encode())
     finally:
         for pid, folder in living.items():  # only where the other side is gone without a word
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            processes.kill_group(pid)
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 

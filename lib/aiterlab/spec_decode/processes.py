@@ -27,9 +27,9 @@ from pathlib import Path
 
 import psutil
 
-from aiterlab import paths
+from aiterlab import paths, shared_memory
 
-_FOLDER_PREFIX = "aiterlab-"
+_FOLDER_PREFIX = "e-"
 GRACE_S = 10  # between the request to end and the end by force
 PRELOAD_TIMEOUT_S = 300
 # Places, and what an installation without DeepGEMM has to say.
@@ -75,15 +75,6 @@ class Process:
         self._popen = popen
         self._status: int | None = None
 
-    def members(self) -> list[psutil.Process]:
-        """Every process of the group that is still there."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(ProcessLookupError, psutil.Error):
-                if os.getpgid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
     def end(self, grace_s: float = GRACE_S, number: int | None = None) -> int | None:
         """Wait for the whole group to end, by force after `grace_s`; return the child's exit status.
 
@@ -91,18 +82,21 @@ class Process:
             number: a signal to ask with; None where it was asked in another way.
         """
         if self._status is None:
+            named = segments(self.pid)
             if number is not None:
                 self._signal(number)
             self._wait(grace_s)
+            named |= segments(self.pid)
             self._signal(signal.SIGKILL)
             self._wait(GRACE_S)
+            shared_memory.delete(named)
             self._status = self._popen.wait() if self._popen else _Preloaded.status_of(self.pid)
             shutil.rmtree(self.folder, ignore_errors=True)
         return self._status
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while (left := self.members()) and (rest := deadline - time.monotonic()) > 0:
+        while (left := members(self.pid)) and (rest := deadline - time.monotonic()) > 0:
             psutil.wait_procs(left, timeout=min(0.05, rest))
 
     def is_running(self) -> bool:
@@ -121,6 +115,30 @@ class Process:
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
+
+
+def members(group: int) -> list[psutil.Process]:
+    """Every process of a group that is still there."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def kill_group(group: int = 0) -> None:
+    """Kill a whole group, by default this process's own, and leave none of its shared memory."""
+    try:
+        shared_memory.delete(segments(group or os.getpgrp()))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def segments(group: int) -> set[Path]:
+    """The shared memory of a group that an orderly end would delete."""
+    return shared_memory.mapped(process.pid for process in members(group))
 
 
 def has_gpu() -> bool:
@@ -159,7 +177,7 @@ def end_with(channel: socket.socket) -> None:
         # The temporary folder of this child alone: TMPDIR was made for it (see `launch` and `fork`).
         if Path(folder := os.environ.get("TMPDIR", "")).name.startswith(_FOLDER_PREFIX):
             shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
+        kill_group()
 
     threading.Thread(target=watch, name="end_with", daemon=True).start()
 

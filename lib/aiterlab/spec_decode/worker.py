@@ -21,6 +21,7 @@ import time
 import traceback
 from typing import Any
 
+from aiterlab import shared_memory
 from aiterlab.spec_decode import engine, metrics, processes, repairs
 
 _WARM_UP_TOKENS = 6
@@ -69,8 +70,10 @@ def serve(channel: socket.socket, import_s: float | None = None) -> None:
             answer({"id": request["id"], "error": one_line(error), "fatal": not isinstance(error, _Refused)})
     else:  # nobody is there any more
         time.sleep(processes.GRACE_S)  # until `end_with` has tidied up and ends this group
-    if worker.spec.tensor_parallel > 1:  # other processes share memory with this one, and names in the file system
+    if worker.spec.tensor_parallel > 1:  # other processes share memory with this one, and some of it has names
+        segments = processes.segments(os.getpgrp())
         worker.llm.llm_engine.engine_core.shutdown()
+        shared_memory.delete(segments)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -111,7 +111,7 @@ class WatchedClient(PapermillNotebookClient):
     def create_kernel_manager(self) -> KernelManager:
         """Connect through sockets in a folder: a free port may be taken a moment later, and anyone can listen."""
         manager = super().create_kernel_manager()
-        self._sockets = tempfile.TemporaryDirectory(prefix="aiterlab-")
+        self._sockets = tempfile.TemporaryDirectory(prefix="k-")
         # Without a name of its own a kernel's sockets are called like any other's in the working folder.
         manager.transport, manager.ip = "ipc", f"{self._sockets.name}/kernel"
         return manager

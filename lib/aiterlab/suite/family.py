@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from aiterlab import shared_memory
+
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 _FAREWELL_S = 5.0
@@ -34,13 +36,15 @@ def descendants() -> set[psutil.Process]:
 
 
 def end(spared: set[psutil.Process]) -> list[str]:
-    """Kill every descendant that is not `spared`; returns the command lines of those that were there.
+    """Kill every descendant that is not `spared`, with its shared memory; returns their command lines.
 
     One that is still alive after several seconds (in an uninterruptible wait) is marked so.
     """
     met: dict[int, str] = {}
+    segments: set[Path] = set()
     for _ in range(_ROUNDS):
         left = descendants() - spared
+        segments |= shared_memory.mapped(process.pid for process in left)
         for process in left:
             with contextlib.suppress(psutil.Error):
                 met.setdefault(process.pid, _described(process))
@@ -48,6 +52,7 @@ def end(spared: set[psutil.Process]) -> list[str]:
         if not left:
             break
         psutil.wait_procs(left, timeout=_FAREWELL_S / _ROUNDS)
+    shared_memory.delete(segments)
     alive = {process.pid for process in left}
     return [f"{line} (still alive)" if pid in alive else line for pid, line in met.items()]
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -119,14 +120,27 @@ def _keep(job: Job, parent: int, output: int | None) -> int:
     family.adopt_orphans()
     oom_kills = family.oom_kills()
     keeper = os.getpid()
-    child = os.fork()
-    if child == 0:
-        return _run(job, keeper, forked=output is not None)
-    ended, asked = _wait(child, parent)
-    if ended:
-        family.end(set())
-        _account(job, ended, asked, family.oom_kills() != oom_kills)
+    with _temporary_files():
+        child = os.fork()
+        if child == 0:
+            return _run(job, keeper, forked=output is not None)
+        ended, asked = _wait(child, parent)
+        if ended:
+            family.end(set())
+            _account(job, ended, asked, family.oom_kills() != oom_kills)
     return 0
+
+
+@contextlib.contextmanager
+def _temporary_files() -> Iterator[None]:
+    """Give all that the notebook starts one folder for temporary files, which goes with whichever ends last.
+
+    Processes that are killed, or forked, do not tidy up after themselves. Names are short: the path of a socket, such
+    as vLLM's, has at most 107 bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix="nb-", ignore_cleanup_errors=True) as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        yield
 
 
 def _wait(child: int, parent: int) -> tuple[int, bool]:
