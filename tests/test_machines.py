@@ -352,7 +352,7 @@ def test_the_interpreter_computes_the_same_without_what_it_throws_away(run_pytho
     assert [type(one) for one in ours[3:8]] == [list] * 3 + [str] * 2
 
 
-def test_the_interpreter_works_out_a_shape_once(run_python):
+def test_the_interpreter_works_out_a_shape_once_and_is_wrapped_once(run_python):
     told = run_python(
         "from aiterlab.machines import interpreter; interpreter.choose()\n"
         "import triton\n"
@@ -364,6 +364,8 @@ def test_the_interpreter_works_out_a_shape_once(run_python):
         "constant = core.pointer_type(core.int32, const=True)\n"
         "assert core.block_type(constant, [4]).element_ty.const\n"
         "assert not core.block_type(core.pointer_type(core.int32), [4]).element_ty.const\n"
+        "from triton.runtime import interpreter as runtime\n"
+        "wrapped = runtime._patch_builtin; interpreter.choose(); assert runtime._patch_builtin is wrapped\n"
         "print(core.tensor(None, core.int32).numel.value)\n",
         TRITON_INTERPRET="1",
     )

@@ -7,6 +7,7 @@ same: tables of types, the types of shapes, the list of what has to be patched. 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ def choose() -> None:
     importing.after_import("triton.runtime.interpreter", _leave_out)
 
 
+@functools.cache  # what is wrapped already would be wrapped again
 def _leave_out(interpreter: ModuleType) -> None:
     _leave_overflow_unchecked(interpreter)
     for name, lean in (("_get_np_dtype", _known_by_name), ("_patch_builtin", _listed_once)):
