@@ -77,6 +77,15 @@ def test_machines_of_a_notebook_stand_beside_one_another_gpus_first_and_no_more_
     assert reasons(frames)[KERNELS, "this run"] == "the page holds 2 machines of a notebook"
 
 
+def test_a_cpu_of_the_reference_takes_no_place_beside_the_machine_at_hand(places, reference):
+    made.write(reference / "cpu", made.kernels(made.CPU))
+    made.write(places / "run", made.kernels(made.CPU))
+    frames = read()
+    assert list(frames["checks"]["machine"].unique()) == ["NVIDIA H200", "CPU (AMD EPYC)"]
+    told = frames["sources"].query("notebook == @KERNELS and machine == 'CPU (AMD EPYC)'")
+    assert list(told["reason"]) == [None, "another CPU says nothing about this one, nor about a GPU"]
+
+
 def test_a_folder_is_meant_as_it_was_typed_and_a_wrong_one_is_told(places, monkeypatch):
     made.write_all(places / "runs" / "a")
     monkeypatch.setenv(paths.STARTED_IN_VARIABLE, str(places / "runs"))

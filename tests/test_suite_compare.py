@@ -12,7 +12,7 @@ from aiterlab.suite.judgement import Verdict
 
 REPRODUCE, FIX, AUDIT = "01_reproduce_regression", "02_apply_fix", "03_audit_backend_selection"
 KERNELS, SPEC = "04_run_attention_kernels", "05_run_eagle_spec_decode"
-H200 = "nvidia-h200"
+H200, CPU = "nvidia-h200", "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +199,46 @@ def test_a_run_is_compared_with_the_reference_of_its_class_of_machine(results, c
     assert code == 0 and "240 of 240" in out and "229 of 229" in out
     gpu = add_run(results, "gpu", [KERNELS], _04=reference(KERNELS, H200))
     assert run_compare(results, capsys, "reference", gpu)[0] == 0
-    # Nothing of a GPU is held against a processor's record.
+    # Nothing of a GPU is held against a processor's record, also where there is one of that notebook.
     for path in (results / "reference" / H200).glob("*/record.json"):
         path.unlink()
     code, out, _ = run_compare(results, capsys, "reference", gpu)
     assert code == 3 and "the reference has no record of this class of machine" in out
+
+
+def test_a_cpu_is_held_against_the_reference_of_a_cpu_in_all_but_its_times(results, capsys):
+    shutil.copytree(REFERENCE, results / "reference")
+    slow = scaled(reference(KERNELS, CPU), 10)
+    add_run(results, "own", [KERNELS, SPEC], _04=reference(KERNELS, CPU), _05=reference(SPEC, CPU))
+    add_run(results, "slow", [KERNELS, SPEC], _04=slow, _05=reference(SPEC, CPU))
+    code, out, _ = run_compare(results, capsys, "reference", "slow")
+    assert code == 0 and "0 worse, 0 better" in out and "its times are compared between your own runs only" in out
+    code, out, _ = run_compare(results, capsys, "own", "slow")
+    assert code == 1 and "own runs only" not in out
+    wrong = changed(reference(KERNELS, CPU), checks__outcome={0: "wrong"})
+    add_run(results, "wrong", [KERNELS], _04=wrong)
+    code, out, _ = run_compare(results, capsys, "reference", "wrong")
+    assert code == 1 and "outcome: ok | outcome: wrong" in out
+    fewer = copy.deepcopy(reference(SPEC, CPU))
+    for row in fewer["accepted"]:
+        row |= {name: row[name] * 0.5 for name in row if name.startswith("acceptance_length") and row[name]}
+    add_run(results, "fewer", [SPEC], _05=fewer)
+    code, out, _ = run_compare(results, capsys, "reference", "fewer")
+    assert code == 1 and "acceptance length: " in out
+
+
+def test_what_only_one_side_has_is_told_by_that_sides_name(results, capsys, tmp_path):
+    shutil.copytree(REFERENCE, results / "reference")
+    less = changed(reference(REPRODUCE))
+    less["cells"] = {name: column[:100] for name, column in less["cells"].items()}
+    less["parameters"]["workers"] = 7
+    add_run(results, "less", [REPRODUCE], _01=less)
+    _, out, _ = run_compare(results, capsys, "reference", "less", "--html", tmp_path / "page.html")
+    assert "only in the reference" in out and "| name | reference | run | notebooks |" in out
+    page = BeautifulSoup((tmp_path / "page.html").read_text(), "html.parser")
+    assert [term.text for term in page.header.find_all("dt")] == ["Reference", "Run"]
+    _, out, _ = run_compare(results, capsys, "one", "less")
+    assert "only in the first" in out
 
 
 def test_something_worse_is_exit_code_1_and_named_first(results, capsys):
@@ -354,11 +389,13 @@ def test_a_notebook_without_the_record_that_the_reference_of_its_machine_has_is_
     shutil.copytree(REFERENCE, results / "reference")
     fail(results / "one")
     code, out, _ = run_compare(results, capsys, "reference", "one")
-    assert code == 1 and "| ▼ worse | ending | ok | failed | record of the second: there is none |" in out
+    assert code == 1 and "| ▼ worse | ending | ok | failed | record of the run: there is none |" in out
     code, out, _ = run_compare(results, capsys, "one", "reference")
     assert code == 0 and "| ▲ better | ending | failed | ok |" in out
-    # On a processor nobody expects the record of a GPU.
+    # On a processor nobody expects the record of a GPU, but that of a processor.
     add_notebook(results / "two", KERNELS, "failed", "E: x")
+    assert run_compare(results, capsys, "reference", "two")[0] == 1
+    shutil.rmtree(results / "reference" / CPU)
     assert run_compare(results, capsys, "reference", "two")[0] == 3
     machine = reference(KERNELS, H200)["provenance"]
     add_notebook(results / "two", KERNELS, "failed", "E: x", provenance=machine)

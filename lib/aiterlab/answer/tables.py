@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 
-from aiterlab.answer.sources import EAGLE, FIX, KERNELS, REPRODUCE, Machine, Source, machine_of
+from aiterlab.answer.sources import EAGLE, FIX, KERNELS, REFERENCE, REPRODUCE, Machine, Source, machine_of
 from aiterlab.attention import tables as attention
 from aiterlab.measure.hardware import Ceiling
 from aiterlab.spec_decode import tables as spec_decode
@@ -60,7 +60,9 @@ def _counting(readable: list[tuple[Source, Machine]]) -> dict[int, str | None]:
     for stem in dict.fromkeys(source.stem for source, _ in readable):
         first: dict[Machine, Source] = {}
         for source, machine in readable:
-            if source.stem == stem:
+            if source.stem == stem and source.origin == REFERENCE and machine.kind == "cpu":
+                reasons[id(source)] = "another CPU says nothing about this one, nor about a GPU"
+            elif source.stem == stem:
                 kept = first.setdefault(machine, source)
                 reasons[id(source)] = None if kept is source else f"the one of {kept.origin} counts"
         ranked = sorted(first, key=lambda machine: machine.kind != "gpu")

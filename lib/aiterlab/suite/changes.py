@@ -100,7 +100,7 @@ def to_blocks(comparison: Comparison, most: int, *, whole: bool = True) -> list[
             shown = [_row(line) for line in lines[:most]]
             more = [f"… and {len(lines) - most} more changes."] if len(lines) > most else []
             title = f"Changes in {escape(notebook.stem)}"
-            blocks.append(table(["", "what", "first", "second", "why"], shown, title=title, tail=more))
+            blocks.append(table(["", "what", *comparison.called, "why"], shown, title=title, tail=more))
     reasons = [
         f"`{escape(notebook.stem)}`: {escape(reason)} ({count})"
         for notebook in comparison.notebooks
@@ -116,10 +116,10 @@ def _difference_blocks(comparison: Comparison) -> list[Block]:
     for title, kind in (("Parameters that differ", "parameters"), ("Environment that differs", "environment")):
         rows = [list(map(escape, difference)) for difference in differences_of(comparison, kind)]
         if rows:
-            blocks.append(table(["name", "first", "second", "notebooks"], rows, title=title))
+            blocks.append(table(["name", *comparison.called, "notebooks"], rows, title=title))
     findings = [list(map(escape, found)) for found in findings_of(comparison)]
     if findings:
-        blocks.append(table(["notebook", "first", "second"], findings, title="Findings that are worded differently"))
+        blocks.append(table(["notebook", *comparison.called], findings, title="Findings that are worded differently"))
     return blocks
 
 

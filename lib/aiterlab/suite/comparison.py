@@ -10,11 +10,10 @@ from typing import Any
 
 from aiterlab.records import RECORD_NAME
 from aiterlab.suite import judgement, status
-from aiterlab.suite.judgement import CellChange, Judgement, Verdict
+from aiterlab.suite.judgement import CALLED, REFERENCE, CellChange, Judgement, Verdict
 from aiterlab.suite.parameters import unknown
 from aiterlab.suite.results import LATEST_NAME, Entry, Run, led_to, read_entry, read_json, read_run, text
 
-REFERENCE = "reference"
 # Of such an ending no question was answered, for reasons that are not the code's.
 _NOT_TRIED = (status.SKIPPED, status.INTERRUPTED, status.CELL_NOT_RUN)
 _NOT_THE_ENVIRONMENT = frozenset({"utc", "missing"})
@@ -78,6 +77,7 @@ class Comparison:
     first: str
     second: str
     notebooks: tuple[Notebook, ...]
+    called: tuple[str, str] = CALLED  # in the heads of tables, and in reasons
 
     @property
     def counts(self) -> Counter[Verdict]:
@@ -138,12 +138,15 @@ def compare_sides(first: Side, second: Side) -> Comparison:
     if first.references and second.references:
         raise SourceError("the reference compared with itself is always the same; name a run for one side")
     stems = dict.fromkeys([*first.entries, *second.entries])
-    return Comparison(first.name, second.name, tuple(_compare(stem, first, second) for stem in stems))
+    sides = (first, second)
+    known = any(side.references for side in sides)
+    called = tuple(REFERENCE if side.references else "run" for side in sides) if known else CALLED
+    return Comparison(first.name, second.name, tuple(_compare(stem, *sides, called) for stem in stems), called)
 
 
-def _compare(stem: str, first: Side, second: Side) -> Notebook:
+def _compare(stem: str, first: Side, second: Side, called: tuple[str, str]) -> Notebook:
     older, newer = (_entry(stem, side, other) for side, other in ((first, second), (second, first)))
-    obstacle = _obstacle(older, "first", first) or _obstacle(newer, "second", second)
+    obstacle = _obstacle(older, called[0], first) or _obstacle(newer, called[1], second)
     if obstacle and newer and newer.ending in _NOT_TRIED and (newer.status or second.interrupted):
         return Notebook(stem, obstacle=obstacle)
     if obstacle:
@@ -159,7 +162,7 @@ def _compare(stem: str, first: Side, second: Side) -> Notebook:
         findings=(text(before.get("finding")), text(after.get("finding"))),
         parameters=judgement.changed_parameters(before, after),
         environment=_changed_environment(before, after),
-        judgements=tuple(judgement.judge_metrics(before, after)),
+        judgements=tuple(judgement.judge_metrics(before, after, called)),
         cells=tuple(judgement.judge_cells(before, after)),
         cell_counts=judgement.count_cells(before, after),
     )
@@ -206,13 +209,16 @@ def _entry(stem: str, side: Side, other: Side) -> Entry | None:
 
 
 def _reference_of(stem: str, record: Mapping[str, Any], references: Iterable[Mapping[str, Any]]) -> Mapping | None:
-    """Choose the reference of the same machine, else of the same class; a described machine's answers fit any."""
+    """Choose the reference of the same machine, else of the same class; a described machine's answers fit any.
+
+    One with a card is of the machine that it ran on as well.
+    """
     candidates = [reference for reference in references if reference.get("stem") == stem]
-    machine = judgement.machine_of(record)
+    machine, accelerators = judgement.machine_of(record), judgement.accelerators_of(record)
     choices = (
         [found for found in candidates if judgement.machine_of(found) == machine],
-        [found for found in candidates if judgement.machine_of(found)[:-2] == machine[:-2]],
-        [found for found in candidates if found.get("machine_simulated") is True],
+        [found for found in candidates if judgement.accelerators_of(found) == accelerators],
+        [found for found in candidates if found.get("machine_simulated") is True and "card" not in found],
     )
     return next((found[0] for found in choices if found), None)
 

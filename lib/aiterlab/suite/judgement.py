@@ -2,7 +2,8 @@
 """Judge what changed between two records of one notebook: better, worse, same, or not comparable and why.
 
 Two medians differ when they lie further apart than the metric's tolerance and their intervals from the 20th to the
-80th percentile do not meet; a ratio alone is no verdict. Times of different machines are never compared, facts are.
+80th percentile do not meet; a ratio alone is no verdict. Times of different machines are never compared, facts are;
+and no time of a CPU with one in the reference: processors of one name differ in speed more than code does.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from aiterlab.suite.metrics import (
 )
 from aiterlab.suite.results import text
 
+REFERENCE = "reference"
+CALLED = ("first", "second")  # the two sides, where neither is the reference
 ANSWERED_BADLY = frozenset({"builtin trap", "broken", "an error", "wrong", "failed"})
 UNANSWERED = frozenset({"no answer"})
 
@@ -90,9 +93,11 @@ TRUTH_TABLES = {
 }
 
 
-def judge_metrics(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Judgement]:
-    """Judge every metric that is declared for the notebook of these two records."""
-    apart = _machines_apart(before, after)
+def judge_metrics(
+    before: Mapping[str, Any], after: Mapping[str, Any], called: tuple[str, str] = CALLED
+) -> Iterator[Judgement]:
+    """Judge every metric that is declared for the notebook of these two records, which reasons call so."""
+    apart = _machines_apart(before, after, REFERENCE in called)
     same_source = _same_sources(before, after)
     changed = changed_parameters(before, after)
     for metric in metrics_of(text(after.get("stem")) or ""):
@@ -107,7 +112,7 @@ def judge_metrics(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterat
             seen = new or old
             if all(side is None or side.value is None for side in (old, new)):
                 continue  # missing in both, as it should be where nothing is measured
-            obstacle = _obstacle(metric, old, new, apart, depends)
+            obstacle = _obstacle(metric, old, new, apart, depends, called)
             verdict, reason = obstacle or _weigh(old, new, same_source(dict(case).get("tree")))
             yield Judgement(metric, case_words(seen.case), old, new, verdict, reason)
 
@@ -147,6 +152,11 @@ def changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> d
     return {name: (older.get(name), newer.get(name)) for name in names if older.get(name) != newer.get(name)}
 
 
+def accelerators_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the accelerators of a record's machine, which make its class; () for a CPU alone."""
+    return machine_of(record)[:-2]
+
+
 def machine_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what makes two machines one for a time: processor, usable cores and accelerators; () if not recorded."""
     facts, card = record.get("provenance"), record.get("card")
@@ -159,27 +169,34 @@ def machine_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     return (*map(str, accelerators), str(facts["cpu_model"]), f"{cores} cores")
 
 
-def _machines_apart(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+def _machines_apart(before: Mapping[str, Any], after: Mapping[str, Any], reference: bool) -> str | None:
     older, newer = machine_of(before), machine_of(after)
     if not (older and newer):
         return "the machine is not recorded"
+    if reference and not accelerators_of(after):
+        return "a CPU's name does not tell its speed: its times are compared between your own runs only"
     return None if older == newer else f"another machine ({', '.join(older)}; {', '.join(newer)})"
 
 
 def _obstacle(
-    metric: Metric, old: Observation | None, new: Observation | None, apart: str | None, depends: Sequence[str]
+    metric: Metric,
+    old: Observation | None,
+    new: Observation | None,
+    apart: str | None,
+    depends: Sequence[str],
+    called: tuple[str, str],
 ) -> tuple[Verdict, str] | None:
     """Say what keeps the two from being compared, if anything."""
     reason = None
     if old is None or new is None:
-        reason = f"only in the {'second' if old is None else 'first'}"
+        reason = f"only in the {called[old is None]}"
     elif metric.timed and apart:
         reason = apart
     elif depends:
         reason = f"other parameters: {', '.join(depends)}"
     elif old.value is None or new.value is None:
-        side, missing = ("first", old) if old.value is None else ("second", new)
-        reason = f"missing in the {side}: {missing.reason}"
+        missing = old if old.value is None else new
+        reason = f"missing in the {called[missing is new]}: {missing.reason}"
     elif metric.timed and (old.low is None or new.low is None) and old.value != new.value:
         reason = "no spread recorded"
     elif metric.better is Better.WITHIN and (old.limit is None or new.limit is None):

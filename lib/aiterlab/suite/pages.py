@@ -110,6 +110,7 @@ def _changes(comparison: Comparison) -> dict[str, Any]:
         )
     tones = {changes.Verdict.WORSE: "bad", changes.Verdict.BETTER: "good", changes.Verdict.SAME: "good"}
     return {
+        "called": comparison.called,
         "first": comparison.first,
         "second": comparison.second,
         "verdict": comparison.verdict,
