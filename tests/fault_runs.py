@@ -230,7 +230,7 @@ def check_run(run: Run, word: str, exit_code: int | None, returned: int | None =
     """What the run leaves as a whole: one word, no half-written file, no process, nothing of theirs elsewhere."""
     left = run.left()
     assert left == [], f"still running: {left}"
-    assert list(run.bench.temporary.iterdir()) == []
+    assert [str(path) for path in run.bench.temporary.rglob("*")] == []
     assert list(Path("/dev/shm").glob(f"*{run.mark}*")) == []
     said = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
     assert (said["status"], said["exit_code"]) == (word, exit_code), (said["status"], said["exit_code"], run.text)

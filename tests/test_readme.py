@@ -2,6 +2,7 @@
 """The numbers in README.md come from the reference records, and from nowhere else."""
 
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 from aiterlab import records
 from aiterlab.attention import tables
 from aiterlab.spec_decode import tables as spec_tables
+from aiterlab.suite.benchmark import GOALS
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results" / "reference"
-RECORDS = sorted(REFERENCE.rglob("record.json"))  # of the simulated machine NOTEBOOK/, of a GPU MACHINE/NOTEBOOK/
+RECORDS = sorted(REFERENCE.rglob("record.json"))  # of a simulated machine NOTEBOOK/, else MACHINE/NOTEBOOK/
 AUDIT = "03_audit_backend_selection"
 KERNELS, EAGLE = "04_run_attention_kernels", "05_run_eagle_spec_decode"
 LARGEST_BYTES = {KERNELS: 2_000_000, EAGLE: 3_500_000}  # every sample, every round
@@ -26,6 +28,12 @@ def block(name: str) -> str:
         rf"<!-- {name}: begin\..*?-->\n(.*?)<!-- {name}: end -->", (ROOT / "README.md").read_text(), re.S
     )
     return found
+
+
+def of_gpus(stem: str) -> list[tuple[Path, dict]]:
+    """The reference records of one notebook that were measured on a GPU, each with its path."""
+    found = [(path, records.load_record(path)) for path in sorted(REFERENCE.glob(f"*/{stem}/record.json"))]
+    return [(path, record) for path, record in found if record["card"]["device_kind"] == "gpu"]
 
 
 def made(record: dict) -> str:
@@ -70,8 +78,7 @@ def _rows(header: list[str], lines: Iterable[Iterable[str]]) -> str:
 def kernels() -> str:
     """Render the kernels' block: for each GPU with a reference record its finding, and what each case reached."""
     parts = []
-    for path in sorted(REFERENCE.glob(f"*/{KERNELS}/record.json")):
-        record = records.load_record(path)
+    for path, record in of_gpus(KERNELS):
         report = path.parent.relative_to(ROOT).as_posix()
         device = f"{record['card']['device_name']}, {record['timed_dtype']}"
         parts.append(f"**{device}** ({made(record)}; [{report}]({report})): {record['finding']}\n")
@@ -87,8 +94,7 @@ def eagle() -> str:
     of Llama-3.1-8B, or where there are several GPUs their ranks.
     """
     parts = []
-    for path in sorted(REFERENCE.glob(f"*/{EAGLE}/record.json")):
-        record = records.load_record(path)
+    for path, record in of_gpus(EAGLE):
         report, gpus = path.parent.relative_to(ROOT).as_posix(), len(record["provenance"]["accelerators"])
         device = f"{gpus} x {record['card']['device_name']}" if gpus > 1 else record["card"]["device_name"]
         about = f"**{device}** ({made(record)}; [{report}]({report}))"
@@ -100,6 +106,21 @@ def eagle() -> str:
         parts.append(_markdown(spec_tables.ratios([row for row in record["ratios"] if row["K"]])))
         parts.append(_markdown(by_draft_tokens([row for row in record["predictions"] if row["group"] == "shape"])))
     return "\n".join(parts)
+
+
+def runner() -> str:
+    """Render the runner's block: what it adds to nbclient, and its time beside papermill's."""
+    record = records.load_record(REFERENCE / "cpu" / "runner" / "record.json")
+    facts = record["provenance"]
+    whole, single, notebook_s, cell_s = (record[name] for name in GOALS)
+    said = f"""
+        On {facts["cpu_usable_count"]} cores ({facts["cpu_model"]}; {made(record)}) the runner takes
+        {notebook_s:.2f} s a notebook and {cell_s * 1000:.1f} ms a cell beyond nbclient alone.
+        All notebooks, profile standard, take {whole:.2f} of papermill's time, one after another;
+        it keeps {record["whole_least_ratio"]:.0%} of the cores busy, and no order of the same work takes less.
+        One notebook alone takes {single:.2f} of it (`python -m aiterlab.suite.benchmark --whole`).
+    """
+    return textwrap.fill(" ".join(said.split()), 120) + "\n"
 
 
 def by_draft_tokens(rows: list[dict]) -> pd.DataFrame:
@@ -136,6 +157,10 @@ def test_the_audit_in_readme_is_that_of_the_reference_record():
 
 def test_kernels_in_readme_are_those_of_the_reference_records():
     assert block("kernels") == kernels(), f"replace the block by:\n{kernels()}"
+
+
+def test_the_runner_in_readme_is_that_of_the_reference_record():
+    assert block("runner") == runner(), f"replace the block by:\n{runner()}"
 
 
 def test_speculative_decoding_in_readme_is_that_of_the_reference_records():

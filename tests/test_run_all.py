@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -225,8 +226,9 @@ def test_an_interrupt_ends_with_130_the_table_and_what_there_is(bench):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         # Lines arrive as they are said, though this is no terminal.
-        said = [process.stdout.readline() for _ in range(2)]
-        assert "[1/2]" in said[1]
+        said = [process.stdout.readline() for _ in range(3)]
+        assert f"kernels of Python {platform.python_version()}, {sys.executable}" in said[0]
+        assert "[1/2]" in said[2]
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == cli.EXIT_INTERRUPTED == 130

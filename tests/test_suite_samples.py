@@ -70,6 +70,8 @@ def test_every_declared_metric_finds_its_rows_in_the_reference(path):
     for metric in metrics.metrics_of(record["stem"]):
         if metric.name == "score" and not asked["accuracy"]:
             continue
+        if metric.name == "speed_over_fa3" and record["card"]["device_kind"] == "cpu":
+            continue
         seen = list(observe(metric, record))
         assert any(one.value is not None or one.samples for one in seen), metric.name
         assert len({one.case for one in seen}) == len(seen), f"{metric.name}: cases that cannot be told apart"

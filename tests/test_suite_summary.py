@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands at the top of a run's folder for people: summary.md and index.html, and that all of it is written."""
 
+import base64
+import io
 import json
 import re
 import time
@@ -11,7 +13,9 @@ from bs4 import BeautifulSoup
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from suite_runs import HOSTILE, REFERENCE, add_notebook, add_run, changed, reference
+from nbformat.v4 import new_code_cell, new_output
+from PIL import Image
+from suite_runs import HOSTILE, REFERENCE, add_notebook, add_run, changed, drawing, reference
 
 from aiterlab.suite import bundle, summary
 from aiterlab.suite.markdown import bullets, compose, escape, link, table
@@ -56,11 +60,12 @@ def test_the_summary_says_the_verdict_first_then_findings_changes_endings_metric
     text = (run / summary.SUMMARY_NAME).read_text()
     assert text.splitlines()[0] == (
         "# 2 of 3 notebooks ok; 1 out-of-memory: 04_run_attention_kernels (the kernel took 7.6 of 8 GiB); "
-        "1 worse than the reference"
+        "2 worse than the reference"
     )
     page = rendered(text)
     assert [title.string for title in page.find_all("h2")] == [
-        "Findings", "Against the reference", f"Changes in {FIX}", "Not comparable", "Endings", "Key metrics", "Files",
+        "Findings", "Against the reference", f"Changes in {FIX}", f"Changes in {KERNELS}", "Endings", "Key metrics",
+        "Files",
     ]  # fmt: skip
     endings = page.find("h2", string="Endings").find_next("table")
     rows = [[cell.get_text() for cell in row.find_all("td")] for row in endings.find_all("tr")[1:]]
@@ -250,3 +255,16 @@ def test_the_index_shows_figures_small_with_their_description_and_leads_to_the_r
     assert image["alt"] == "Error by provider" and image["src"].startswith("data:image/png;base64,")
     assert image.parent["href"] == f"{FIX}/report.html#cell-3"
     assert len(image["src"]) < 20_000
+    assert Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))).width == 900  # as it was drawn
+
+
+def test_figures_that_stand_side_by_side_on_the_index_are_smaller(tmp_path):
+    figure = new_output("display_data", data={"image/png": drawing()})
+    spoilt = new_output("display_data", data={"image/png": "no picture"})
+    cells = [new_code_cell("figure", outputs=[spoilt, figure]), new_code_cell("figure", outputs=[figure] * 3)]
+    run = add_run(tmp_path, "one", [FIX])
+    add_notebook(run, FIX, cells=cells)
+    bundle.write_bundle(run)
+    page = BeautifulSoup((run / summary.INDEX_NAME).read_text(), "html.parser")
+    sources = [image["src"].partition(",")[2] for image in page.select(".figures img")]
+    assert [Image.open(io.BytesIO(base64.b64decode(source))).width for source in sources] == [720] * 3

@@ -7,6 +7,9 @@
 A notebook costs what the whole command takes longer with one more of them: the fork of its kernel, its report and its
 part of the bundle are in it. What is left is the command's own start and end.
 
+The share of the cores that papermill keeps busy is the least that the ratio of a whole run can be: below it one would
+have to do less, not to do it in a better order.
+
 Every comparison is made in turns in one session, on results folders of their own, with the same downloads. The record
 goes to `results/interactive/runner/record.json`.
 """
@@ -14,16 +17,18 @@ goes to `results/interactive/runner/record.json`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nbformat
+import psutil
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -41,6 +46,7 @@ notebooks = Path(sys.argv[1])
 rows = [runs.Row(path.stem, 1, "", {"standard": {}}) for path in sorted(notebooks.glob("*.ipynb"))]
 sys.exit(cli.main(sys.argv[2:], rows, notebooks))
 """
+_PLAIN = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
 _PARAMETERS = "count: int = 1  # notebooks are told apart by nothing else"
 
 
@@ -56,13 +62,11 @@ def overhead(folder: Path, turns: int) -> dict[str, list[float]]:
             _write(folder / shape / f"{number:02}_nothing.ipynb", cells)
     for _ in range(turns):
         for shape in SHAPES:
-            began = time.monotonic()
-            for path in (folder / shape).iterdir():
-                NotebookClient(nbformat.read(path, as_version=4), kernel_name="python3").execute()
-            seconds.setdefault(f"nbclient_{shape}_s", []).append(time.monotonic() - began)
-            began = time.monotonic()
-            _run_all(["--at-once", "1"], folder / "results", folder / shape)
-            seconds.setdefault(f"command_{shape}_s", []).append(time.monotonic() - began)
+            with _timed(seconds, f"nbclient_{shape}"):
+                for path in (folder / shape).iterdir():
+                    NotebookClient(nbformat.read(path, as_version=4), **_PLAIN).execute()
+            with _timed(seconds, f"command_{shape}"):
+                _run_all(["--at-once", "1"], folder / "results", folder / shape)
     return seconds
 
 
@@ -70,27 +74,28 @@ def whole(stems: Sequence[str], folder: Path, profile: str, turns: int) -> dict[
     """Time notebooks under papermill, one after another, and under the runner, in turns.
 
     Both start each time without an answer of an earlier turn; trees that were fetched stay.
+
+    Returns:
+        Of every turn: `{papermill,runner}_s`, and `{papermill,runner}_busy`, the share of the cores that was not idle.
     """
-    seconds: dict[str, list[float]] = {"papermill_s": [], "runner_s": []}
+    measured: dict[str, list[float]] = {}
     for turn in range(turns):
         run_dir = folder / f"papermill-{turn}"
-        began = time.monotonic()
-        for stem in stems:
-            notebook = paths.notebooks_dir() / f"{stem}.ipynb"
-            executed = run_dir / stem / "executed.ipynb"
-            executed.parent.mkdir(parents=True)
-            subprocess.run(
-                [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(executed)],
-                check=True,
-                cwd=notebook.parent,
-                env=os.environ | {paths.RUN_DIR_VARIABLE: str(run_dir)},
-                stderr=subprocess.DEVNULL,
-            )
-        seconds["papermill_s"].append(time.monotonic() - began)
-        began = time.monotonic()
-        _run_all(["--profile", profile, "--only", ",".join(stems)], folder / "results")
-        seconds["runner_s"].append(time.monotonic() - began)
-    return seconds
+        with _timed(measured, "papermill"):
+            for stem in stems:
+                notebook = paths.notebooks_dir() / f"{stem}.ipynb"
+                executed = run_dir / stem / "executed.ipynb"
+                executed.parent.mkdir(parents=True)
+                subprocess.run(
+                    [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(executed)],
+                    check=True,
+                    cwd=notebook.parent,
+                    env=os.environ | {paths.RUN_DIR_VARIABLE: str(run_dir)},
+                    stderr=subprocess.DEVNULL,
+                )
+        with _timed(measured, "runner"):
+            _run_all(["--profile", profile, "--only", ",".join(stems)], folder / "results")
+    return measured
 
 
 def summary(measured: dict[str, list[float]]) -> dict[str, float]:
@@ -106,6 +111,7 @@ def summary(measured: dict[str, list[float]]) -> dict[str, float]:
     for name in ("whole", "single"):
         if f"{name}_runner_s" in middle:
             found[f"{name}_ratio"] = middle[f"{name}_runner_s"] / middle[f"{name}_papermill_s"]
+            found[f"{name}_least_ratio"] = middle[f"{name}_papermill_busy"]
     return found
 
 
@@ -136,6 +142,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {value:.4g}{verdict}")
     record = {"finding": "; ".join(f"{name} {value:.3g}" for name, value in said.items()), **said, **measured}
     print(records.save_record(STEM, record, parameters=vars(options)))
+
+
+@contextlib.contextmanager
+def _timed(measured: dict[str, list[float]], what: str) -> Iterator[None]:
+    """Add how long something took, and which share of all cores was busy meanwhile; say so as well."""
+    began, idle = time.monotonic(), _idle_s()
+    yield
+    took = time.monotonic() - began
+    busy = 1 - (_idle_s() - idle) / (took * psutil.cpu_count())
+    measured.setdefault(f"{what}_s", []).append(took)
+    measured.setdefault(f"{what}_busy", []).append(busy)
+    print(f"{what}: {took:.1f} s, {busy:.0%} of the cores busy", file=sys.stderr, flush=True)
+
+
+def _idle_s() -> float:
+    times = psutil.cpu_times()
+    return times.idle + getattr(times, "iowait", 0.0)
 
 
 def _each(seconds: dict[str, float], who: str) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import math
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -127,6 +128,8 @@ def _run(
     rest = [status.NotebookStatus.load(run.folder / plan.row.stem) for plan in plans if plan not in chosen]
     outcomes: list[status.NotebookStatus] = []
     say = console.say
+    where = "the cluster's nodes" if start else f"Python {platform.python_version()}, {sys.executable}"
+    say(f"{os.path.relpath(run.folder)}: kernels of {where}")
     failure: list[str] = []
     how = {"at_once": options.at_once, "fail_fast": options.fail_fast, "start": start}
     try:

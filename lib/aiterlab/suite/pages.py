@@ -8,6 +8,7 @@ the browser as well.
 import base64
 import functools
 import io
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -35,7 +36,7 @@ from aiterlab.suite.summary import (
 
 _MOST_CHANGES = 40
 _MOST_FIGURES = 3  # of each notebook
-_FIGURE_PIXELS = 720
+_FIGURE_PIXELS, _LONE_FIGURE_PIXELS = 720, 1200  # one that stands alone has the whole width
 _LARGEST_FIGURE_BYTES = 4_000_000  # encoded; larger ones stay in the report
 
 
@@ -76,7 +77,7 @@ def index_page(run: Run, comparison: Comparison | None) -> str:
         provenance=list(wording.provenance_rows(facts)),
         found=found_by(run),
         metrics={entry.stem: list(key_metrics(entry)) for entry in run.entries},
-        figures={entry.stem: list(_figures(entry)) for entry in run.entries},
+        figures={entry.stem: _figures(entry) for entry in run.entries},
         changes=_changes(comparison) if comparison else None,
         files=[name for name in files_here if (run.folder / name).is_file()],
     )
@@ -123,24 +124,25 @@ def _changes(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _figures(entry: Entry) -> Iterator[Figure]:
-    """Yield the first figures of the executed notebook, made small."""
+def _figures(entry: Entry) -> list[Figure]:
+    """Return the first figures of the executed notebook, made small."""
+    found = list(itertools.islice(_shrunk(entry, _FIGURE_PIXELS), _MOST_FIGURES))
+    return found if len(found) > 1 else list(_shrunk(entry, _LONE_FIGURE_PIXELS))
+
+
+def _shrunk(entry: Entry, size: int) -> Iterator[Figure]:
     notebook, _ = read_json(entry.folder / EXECUTED_NAME)
-    found = 0
     for cell in map(_mapping, _list((notebook or {}).get("cells"))):
         about = _mapping(_mapping(cell.get("metadata")).get(status.METADATA_KEY))
         for output in map(_mapping, _list(cell.get("outputs"))):
             pixels = _mapping(output.get("data")).get("image/png")
             pixels = "".join(map(str, pixels)) if isinstance(pixels, list) else pixels
-            small = _shrink(pixels) if isinstance(pixels, str) else None
+            small = _shrink(pixels, size) if isinstance(pixels, str) else None
             if small:
                 told = _mapping(_mapping(output.get("metadata")).get("image/png")).get("alt")
                 place = f"#cell-{about['number']}" if isinstance(about.get("number"), int) else ""
                 alt = text(told) or text(about.get("title")) or entry.stem
                 yield Figure(small, alt, f"{entry.stem}/{REPORT_NAME}{place}")
-                found += 1
-            if found == _MOST_FIGURES:
-                return
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -151,7 +153,7 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _shrink(pixels: str) -> str | None:
+def _shrink(pixels: str, size: int) -> str | None:
     """Return a PNG, given as base64, as the data URI of a smaller one; None if it is none, or far too large."""
     from PIL import Image  # matplotlib brings it; only pages with figures need it
 
@@ -160,7 +162,7 @@ def _shrink(pixels: str) -> str | None:
     try:
         with Image.open(io.BytesIO(base64.b64decode(pixels))) as image:
             small = image.convert("RGB")
-            small.thumbnail((_FIGURE_PIXELS, _FIGURE_PIXELS), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            small.thumbnail((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
             written = io.BytesIO()
             # Drawings have few colours: a palette makes them a third of the size.
             small.quantize(64, method=Image.Quantize.FASTOCTREE).save(written, "PNG", compress_level=6)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import psutil
 
-from aiterlab import host
+from aiterlab import host, shared_memory
 from aiterlab.suite import family, gpus, signals, status
 from aiterlab.suite.job import Job
 
@@ -174,8 +174,8 @@ class Graph:
 
     def _settle(self, worker: Running) -> status.NotebookStatus:
         """Return how it ended, which its own status does not know if its process was killed."""
-        worker.close()
         self._end_orphans()
+        worker.close()
         word = status.INTERRUPTED if self._interrupts else status.FAILED
         return status.settle(worker.job, worker.ended(), word, self.account)
 
@@ -189,8 +189,11 @@ class Graph:
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 if child.pid not in workers and child.status() != psutil.STATUS_ZOMBIE and child not in self._before:
-                    for process in (*child.children(recursive=True), child):
+                    left = (*child.children(recursive=True), child)
+                    segments = shared_memory.mapped(process.pid for process in left)
+                    for process in left:
                         process.kill()
+                    shared_memory.delete(segments)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

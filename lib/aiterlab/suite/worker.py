@@ -11,6 +11,7 @@ killed, another one is there to end what it had started and to write down how th
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,11 +31,12 @@ _AFTER_KILL_S = 0.5  # in which a runner that was killed as well is gone
 
 @dataclass
 class Worker:
-    """A running notebook: its process, and the pipe that it says its lines to."""
+    """A running notebook: its process, the pipe that it says its lines to, and the folder for temporary files."""
 
     job: Job
     pid: int
     pipe: int
+    folder: str
     _heard: bytes = b""
     _exit_code: int | None = None
 
@@ -60,31 +62,33 @@ class Worker:
                 os.kill(self.pid, number)
 
     def close(self) -> None:
-        """Let go of the pipe."""
+        """Let go of the pipe, and of temporary files that nobody was left to delete."""
         os.close(self.pipe)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def fork(job: Job) -> Worker:
     """Start a notebook in a child of this process, which must have no threads and no GPU."""
     read, write = os.pipe()
-    parent = os.getpid()
+    parent, folder = os.getpid(), _folder()
     with contextlib.suppress(OSError, AttributeError):  # or the child would write what is buffered once more
         sys.stdout.flush()
         sys.stderr.flush()
     with _signals_blocked():
         pid = os.fork()
         if pid == 0:
-            children.run_to_end(lambda: _keep(job, parent, write))
+            children.run_to_end(lambda: _keep(job, parent, folder, write))
     os.close(write)
     os.set_blocking(read, False)
-    return Worker(job, pid, read)
+    return Worker(job, pid, read, folder)
 
 
 def spawn(job: Job) -> Worker:
     """Start a notebook in a new interpreter."""
     read, write = os.pipe()
+    folder = _folder()
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "aiterlab.suite.worker", str(os.getpid())],
+        [sys.executable, "-P", "-m", "aiterlab.suite.worker", str(os.getpid()), folder],
         stdin=subprocess.PIPE,
         stdout=write,
         stderr=write,
@@ -95,7 +99,7 @@ def spawn(job: Job) -> Worker:
     with process.stdin as stdin:
         stdin.write(json.dumps(asdict(job), default=str).encode())
     process.returncode = 0  # waited for by its number; Popen must not wait as well
-    return Worker(job, process.pid, read)
+    return Worker(job, process.pid, read, folder)
 
 
 def main() -> None:
@@ -104,13 +108,22 @@ def main() -> None:
     job = Job(**{**described, "notebook": Path(described["notebook"]), "run_dir": Path(described["run_dir"])})
     hold.share(job.run_dir)
     with _signals_blocked():
-        children.run_to_end(lambda: _keep(job, int(sys.argv[1]), None))
+        children.run_to_end(lambda: _keep(job, int(sys.argv[1]), sys.argv[2], None))
 
 
-def _keep(job: Job, parent: int, output: int | None) -> int:
+def _folder() -> str:
+    """Make one folder for all temporary files of a notebook: what is killed, or forked, deletes none of its own.
+
+    Its name is short, as the path of a socket, such as vLLM's, has at most 107 bytes.
+    """
+    return tempfile.mkdtemp(prefix="nb-")
+
+
+def _keep(job: Job, parent: int, folder: str, output: int | None) -> int:
     """Run the notebook in a child; when that is killed, end what it has left and write down how it ended.
 
-    Signals must be blocked. A fork of the runner gives the pipe that replaces the runner's `output`.
+    Signals must be blocked. A fork of the runner gives the pipe that replaces the runner's `output`. Keeper, child and
+    runner delete the folder at their end, whichever of them are left.
     """
     if output is not None:
         os.setsid()  # Ctrl-C reaches the runner alone, which ends its workers in order
@@ -120,7 +133,8 @@ def _keep(job: Job, parent: int, output: int | None) -> int:
     family.adopt_orphans()
     oom_kills = family.oom_kills()
     keeper = os.getpid()
-    with _temporary_files():
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    try:
         child = os.fork()
         if child == 0:
             return _run(job, keeper, forked=output is not None)
@@ -128,19 +142,9 @@ def _keep(job: Job, parent: int, output: int | None) -> int:
         if ended:
             family.end(set())
             _account(job, ended, asked, family.oom_kills() != oom_kills)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return 0
-
-
-@contextlib.contextmanager
-def _temporary_files() -> Iterator[None]:
-    """Give all that the notebook starts one folder for temporary files, which goes with whichever ends last.
-
-    Processes that are killed, or forked, do not tidy up after themselves. Names are short: the path of a socket, such
-    as vLLM's, has at most 107 bytes.
-    """
-    with tempfile.TemporaryDirectory(prefix="nb-", ignore_cleanup_errors=True) as folder:
-        os.environ["TMPDIR"] = tempfile.tempdir = folder
-        yield
 
 
 def _wait(child: int, parent: int) -> tuple[int, bool]:
