@@ -72,6 +72,8 @@ class Bench:
         root = str(Path(run_all.__file__).parent)
         path = os.pathsep.join([*environment.pop("PYTHONPATH", "").split(), root, *sys.path])
         before = set(self.results.glob("*Z-*"))
+        # ipykernel leaves file descriptors alone where it sees pytest, and shows less than users get.
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -79,7 +81,7 @@ class Bench:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self.temporary), **environment, MARK: mark},
+            env={**inherited, "PYTHONPATH": path, "TMPDIR": str(self.temporary), **environment, MARK: mark},
         )
         return Run(self, process, mark, before)
 

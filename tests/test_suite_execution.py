@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import nbformat
 import psutil
@@ -363,6 +364,13 @@ def test_gpu_memory_is_told_and_must_come_back(tmp_path, monkeypatch, left_bytes
     assert outcome.ok and outcome.peak_gpu_memory_bytes == 7 * 2**30
     assert [words[: len(said)] for words, said in zip(outcome.left_over, left_over, strict=True)] == left_over
     assert "7.00 GiB" in (folder / "report.html").read_text()
+
+
+def test_a_driver_that_answers_slowly_does_not_keep_the_watch_from_looking(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch.gpus, "visible", lambda: ["0"])
+    monkeypatch.setattr(watch.host, "gpu_memory_used", lambda numbers: time.sleep(0.2) or 0)
+    outcome, _, _ = run(tmp_path, "import time; time.sleep(1.5)")
+    assert outcome.ok and outcome.peak_memory_bytes > 10_000_000 and outcome.peak_gpu_memory_bytes == 0
 
 
 def test_skipped_and_allowed_cells_are_told_apart(tmp_path):

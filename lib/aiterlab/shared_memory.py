@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delete what processes leave in shared memory when they are killed: it outlives them, as files in /dev/shm.
 
-Only an orderly end deletes Python's segments (`psm_`), those of vLLM's ranks on a CPU (`vllm_dist_`), torch's and
-NCCL's. Their names are random, so nothing that is started later can want one.
+Only an orderly end deletes Python's segments (`psm_`) and semaphores (joblib renames those), the segments of vLLM's
+ranks on a CPU (`vllm_dist_`), torch's and NCCL's. Their names are random: nothing that is started later wants one.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-_SEGMENT = re.compile(r"/dev/shm/(?:psm_|vllm_dist_|torch_|nccl-)\S+$", re.MULTILINE)
+_SEGMENT = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|sem\.loky-|vllm_dist_|torch_|nccl-)\S+$", re.MULTILINE)
 
 
 def mapped(pids: Iterable[int]) -> set[Path]:

@@ -41,7 +41,7 @@ def matches(scores: pd.DataFrame) -> pd.DataFrame:
     """Exact match with its standard error: a line per backend and trial, a column per method."""
     pairs = zip(scores["value"], scores["stderr"], strict=True)
     told = [f"{value:.3f} ± {DASH if pd.isna(error) else f'{error:.3f}'}" for value, error in pairs]
-    rows = scores.assign(told=told, trial=scores["task"] + ", " + scores["shots"].astype(str) + "-shot")
+    rows = scores.assign(told=told, trial=scores["task"].astype(str) + ", " + scores["shots"].astype(str) + "-shot")
     rows = rows.drop_duplicates(["machine", "backend", "trial", "method"])
     table = rows.set_index(["machine", "backend", "trial", "samples", "method"])["told"].unstack(sort=False)
     return _plain(table.rename_axis(columns=None))
