@@ -258,6 +258,19 @@ def test_the_index_shows_figures_small_with_their_description_and_leads_to_the_r
     assert Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))).width == 900  # as it was drawn
 
 
+def test_memory_of_gpus_has_a_column_where_there_are_any(tmp_path):
+    run = add_run(tmp_path, "one", [REPRODUCE, FIX])
+    heads = []
+    for told in ({}, {"peak_gpu_memory_bytes": 3 * 2**30}):
+        add_notebook(run, FIX, **told)
+        bundle.write_bundle(run)
+        table = BeautifulSoup((run / summary.INDEX_NAME).read_text(), "html.parser").select_one("table.endings")
+        heads.append([head.text for head in table.thead.find_all("th")])
+    assert "GPU memory" not in heads[0] and heads[1].index("GPU memory") == 4
+    rows = [[cell.text for cell in row.find_all(["th", "td"])] for row in table.tbody.find_all("tr")]
+    assert [row[4] for row in rows] == ["-", "3.00 GiB"] and {len(row) for row in rows} == {len(heads[1])}
+
+
 def test_figures_that_stand_side_by_side_on_the_index_are_smaller(tmp_path):
     figure = new_output("display_data", data={"image/png": drawing()})
     spoilt = new_output("display_data", data={"image/png": "no picture"})

@@ -78,6 +78,7 @@ def index_page(run: Run, comparison: Comparison | None) -> str:
         found=found_by(run),
         metrics={entry.stem: list(key_metrics(entry)) for entry in run.entries},
         figures={entry.stem: _figures(entry) for entry in run.entries},
+        on_gpu=any(number(entry.status.get("peak_gpu_memory_bytes")) is not None for entry in run.entries),
         changes=_changes(comparison) if comparison else None,
         files=[name for name in files_here if (run.folder / name).is_file()],
     )
