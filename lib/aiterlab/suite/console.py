@@ -17,11 +17,15 @@ from aiterlab.suite.runs import Plan
 
 def prepare() -> None:
     """Make printing safe: a stream that is closed leads nowhere, a character that it cannot show is escaped."""
-    for number in (0, 1, 2):
+    for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
         try:
             os.fstat(number)
         except OSError:  # or the next file that is opened would get the number, and be printed into
             os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:  # a forked kernel, which has files of its own, wants a stream for each
+            stream = os.fdopen(number, mode, closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
