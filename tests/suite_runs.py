@@ -24,6 +24,7 @@ FACTS = {
     "cpu_model": "A processor",
     "cpu_usable_count": 2,
     "memory_bytes": 8 * 2**30,
+    "accelerators": [],
     "versions": {"torch": "2.13.0"},
     "missing": {},
 }

@@ -8,11 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from aiterlab.records import check_json
 from aiterlab.spec_decode import models, parallel
 from aiterlab.spec_decode.engine import EngineError, EngineSpec, Request, alive
 from aiterlab.spec_decode.metrics import Counters
 
-SHARED_MEMORY = Path("/dev/shm")
 PROMPTS = ["def main():\n    return", "import os\n\nfor name in", "The quick brown fox", "12+34="]
 
 
@@ -34,6 +34,11 @@ def one_rank(spec, tmp_path_factory):
         yield engines["vanilla"].generate(REQUESTS, max_tokens=16, ignore_eos=True, logprobs=5)
 
 
+def shared_memory() -> set[Path]:
+    """Segments and semaphores that there are; of others too, so that these tests want to be alone."""
+    return {path for kind in ("psm_*", "sem.*", "vllm_dist_*") for path in Path("/dev/shm").glob(kind)}
+
+
 def children() -> set[int]:
     """Processes of this one, but for the one that holds vLLM's imports."""
     mine = psutil.Process().children(recursive=True)
@@ -41,9 +46,9 @@ def children() -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2)], ids=["tensor parallel", "data parallel"])
+@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2), (2, 2)], ids=["tensor parallel", "data parallel", "both"])
 def test_two_ranks_give_the_tokens_of_one(spec, one_rank, tmp_path, tensor, data):
-    before, shared = children(), set(SHARED_MEMORY.iterdir())
+    before, shared = children(), shared_memory()
     ranks = parallel.run(spec, REQUESTS, max_tokens=16, log_dir=tmp_path, tensor=tensor, data=data)
     table = parallel.compare(one_rank, ranks, dtype="float32")
     assert len(table) == data
@@ -52,17 +57,17 @@ def test_two_ranks_give_the_tokens_of_one(spec, one_rank, tmp_path, tensor, data
     assert all(mine.counters.drafts > 0 for mine in ranks), "the draft was not used"
     assert {address for mine in ranks for address in mine.addresses} == {"127.0.0.1"}
     assert children() <= before
-    assert set(SHARED_MEMORY.iterdir()) <= shared
+    assert shared_memory() <= shared
 
 
 @pytest.mark.slow
 def test_ranks_that_cannot_start_end_in_one_line(spec, tmp_path):
-    before, shared = children(), set(SHARED_MEMORY.iterdir())
+    before, shared = children(), shared_memory()
     with pytest.raises(EngineError) as error:
         parallel.run(replace(spec, max_model_len=1 << 20), REQUESTS, max_tokens=4, log_dir=tmp_path, data=2)
     assert "\n" not in str(error.value)
     assert children() <= before
-    assert set(SHARED_MEMORY.iterdir()) <= shared
+    assert shared_memory() <= shared
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(0, 1), (1, 0)])
@@ -92,6 +97,16 @@ def test_a_rank_with_other_tokens_is_told(one_rank_of_hand):
     assert not table["ok"].any()
     assert list(table["different"]) == [1]
     assert list(table["data_parallel"]) == [2]
+
+
+def test_what_one_rank_alone_has_is_missing_in_the_others(one_rank_of_hand):
+    right, other = one_rank_of_hand
+    near = replace(right.outputs[0], top_logprobs=(((5, -0.01),), ((6, -0.01),), ((7, -0.7), (99, -0.7001))))
+    table = parallel.compare(replace(right, outputs=(near,)), [other, replace(other, outputs=(near,))])
+    rows = table.to_dict("records")
+    assert [row["near_ties"] for row in rows] == [1, 0] and rows[0]["widest_near_tie_gap"] == pytest.approx(1e-4)
+    assert rows[1]["widest_near_tie_gap"] is None
+    check_json(rows)
 
 
 @pytest.fixture

@@ -521,3 +521,18 @@ def test_what_an_interrupted_run_did_not_get_to_is_not_worse(tmp_path):
         (run / "run.json").write_text(json.dumps(facts))
         sides = [comparison.find_side(name, tmp_path) for name in ("one", "two")]
         assert comparison.compare_sides(*sides).verdict is verdict, ending
+
+
+def test_a_machine_that_is_not_recorded_is_of_no_class(results, capsys):
+    shutil.copytree(REFERENCE, results / "reference")
+    for name, facts in (("none", {}), ("no driver", {"accelerators": None, "cpu_model": "A processor"})):
+        record = copy.deepcopy(reference(KERNELS, CPU))
+        record |= {"provenance": facts, "card": {}}
+        add_run(results, name, [KERNELS], _04=record)
+        code, out, _ = run_compare(results, capsys, "reference", name)
+        assert code == 3 and "the reference has no record of this class of machine" in out
+    gpu = copy.deepcopy(reference(KERNELS, H200))
+    del gpu["provenance"]["cpu_model"]  # as on ARM
+    add_run(results, "arm", [KERNELS], _04=gpu)
+    code, out, _ = run_compare(results, capsys, "reference", "arm")
+    assert code == 0 and "the machine is not recorded" in out and "496 of 496" in out

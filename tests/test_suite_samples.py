@@ -16,7 +16,7 @@ from aiterlab.suite.results import read_run
 
 REPRODUCE, FIX = "01_reproduce_regression", "02_apply_fix"
 KERNELS, SPEC = "04_run_attention_kernels", "05_run_eagle_spec_decode"
-RECORDS = sorted(REFERENCE.rglob("record.json"))
+RECORDS = sorted(REFERENCE.rglob("[0-9]*/record.json"))
 
 
 def read_samples(run):

@@ -27,7 +27,7 @@ REPRODUCE, FIX, KERNELS, SPEC = (
     "04_run_attention_kernels",
     "05_run_eagle_spec_decode",
 )
-RECORDS = sorted(REFERENCE.rglob("record.json"))
+RECORDS = sorted(REFERENCE.rglob("[0-9]*/record.json"))
 NAMES = ["samples.csv", "record.schema.json", "summary.md", "index.html"]
 
 

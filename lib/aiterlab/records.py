@@ -107,7 +107,11 @@ def dump_json(value: Any) -> str:
 
 
 def append_line(path: Path | str, row: Mapping[str, Any]) -> None:
-    """Add one JSON object to a journal as a line, the whole of it or nothing; lines of several threads never mix."""
+    """Add one JSON object to a journal as a line, the whole of it or nothing; lines of several threads never mix.
+
+    Raises RecordError over what a record could not hold either.
+    """
+    check_json(row)
     rest = (json.dumps(scrub_tree(row)) + "\n").encode("utf-8")
     with _APPENDING, open(path, "ab", buffering=0) as journal:
         before = os.fstat(journal.fileno()).st_size

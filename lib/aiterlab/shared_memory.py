@@ -6,11 +6,15 @@ ranks on a CPU (`vllm_dist_`), torch's and NCCL's. Their names are random: nothi
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-_SEGMENT = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|sem\.loky-|vllm_dist_|torch_|nccl-)\S+$", re.MULTILINE)
+# Whole names: people keep other files there too, and environments, which many processes map.
+_SEGMENT = re.compile(
+    r"/dev/shm/(?:psm_\w+|sem\.(?:mp|loky)-[\w-]+|vllm_dist_[^\s/]+|torch_\d+_\d+_\d+|nccl-\w{6})$", re.MULTILINE
+)
 
 
 def mapped(pids: Iterable[int]) -> set[Path]:
@@ -18,7 +22,7 @@ def mapped(pids: Iterable[int]) -> set[Path]:
     found: set[Path] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            found.update(map(Path, _SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text())))
+            found.update(map(Path, _SEGMENT.findall(os.fsdecode(Path(f"/proc/{pid}/maps").read_bytes()))))
     return found
 
 

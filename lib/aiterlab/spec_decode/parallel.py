@@ -111,7 +111,7 @@ def compare(one_rank: Generation, ranks: Sequence[Ranks], *, dtype: str = "bfloa
         numbers = ("tensor_parallel", "data_parallel", "rank", "start_s", "generate_s")
         about = {name: getattr(mine, name) for name in numbers}
         rows.append({"engine": mine.engine} | about | {"acceptance_length": mine.counters.acceptance_length} | found)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, dtype=object)  # or a gap that one rank does not have would become a NaN
 
 
 def _spread(spec: EngineSpec, tensor: int, data: int) -> EngineSpec:
@@ -245,19 +245,21 @@ def serve(channel: socket.socket, lines: Iterator[bytes], first: dict[str, Any])
         channel.sendall(json.dumps({"id": number} | content).encode() + b"\n")
 
     async def generate() -> None:
-        engine = _engine(EngineSpec.from_json(first["spec"]), first["ranks"])
-        answer(0, result=None)
-        job = json.loads(await asyncio.to_thread(next, lines))
-        answer(1, result=[await _generate(engine, rank, **job["arguments"]) for rank in range(first["ranks"])])
+        try:
+            engine = _engine(EngineSpec.from_json(first["spec"]), first["ranks"])
+            answer(0, result=None)
+            job = json.loads(await asyncio.to_thread(next, lines))
+            answer(1, result=[await _generate(engine, rank, **job["arguments"]) for rank in range(first["ranks"])])
+        except BaseException as error:
+            traceback.print_exc()
+            for number in (0, 1):  # whichever the other side waits for
+                answer(number, error=worker.one_line(error), fatal=True)
+        finally:
+            # Before the engine is let go of, which begins to shut its ranks down: that takes seconds, and of a rank
+            # that has ended nobody can tell any more what it had in shared memory.
+            processes.kill_group()
 
-    try:
-        asyncio.run(generate())
-    except BaseException as error:
-        traceback.print_exc()
-        for number in (0, 1):  # whichever the other side waits for
-            answer(number, error=worker.one_line(error), fatal=True)
-    finally:
-        processes.kill_group()  # vLLM takes seconds to shut its ranks down in order
+    asyncio.run(generate())
 
 
 def _engine(spec: EngineSpec, ranks: int) -> Any:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -29,7 +30,8 @@ import psutil
 
 from aiterlab import paths, shared_memory
 
-_FOLDER_PREFIX = "e-"
+_FOLDER_PREFIX = "e-"  # short: the path of a socket, such as vLLM's, has at most 107 bytes
+_FOLDER_NAME = re.compile(rf"{_FOLDER_PREFIX}[a-z0-9_]{{8}}")  # as tempfile makes it
 GRACE_S = 10  # between the request to end and the end by force
 PRELOAD_TIMEOUT_S = 300
 # Places, and what an installation without DeepGEMM has to say.
@@ -175,7 +177,7 @@ def end_with(channel: socket.socket) -> None:
         while not poll.poll():
             pass
         # The temporary folder of this child alone: TMPDIR was made for it (see `launch` and `fork`).
-        if Path(folder := os.environ.get("TMPDIR", "")).name.startswith(_FOLDER_PREFIX):
+        if _FOLDER_NAME.fullmatch(Path(folder := os.environ.get("TMPDIR", "")).name):
             shutil.rmtree(folder, ignore_errors=True)
         kill_group()
 

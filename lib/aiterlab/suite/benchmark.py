@@ -32,9 +32,9 @@ import psutil
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
-from aiterlab import paths, records
+from aiterlab import host, paths, records
 
-STEM = "runner"
+STEM, PROFILE = "runner", "standard"
 FEW, MANY, CELLS = 2, 6, 100  # from two notebooks on the command imports torch for all of them
 SHAPES = {"few": (FEW, 1), "many": (MANY, 1), "long": (MANY, 1 + CELLS)}  # notebooks, and cells of each
 GOALS = {"whole_ratio": 0.6, "single_ratio": 1.05, "overhead_notebook_s": 0.5, "overhead_cell_s": 0.005}
@@ -54,20 +54,20 @@ def overhead(folder: Path, turns: int) -> dict[str, list[float]]:
     """Time notebooks that do nothing, one after another, under nbclient alone and under the whole command, in turns.
 
     Returns:
-        Seconds of every turn: `{nbclient,command}_{few,many,long}_s`.
+        Of every turn: `{nbclient,command}_{few,many,long}_s`, and `_busy` as `whole` has it.
     """
-    seconds: dict[str, list[float]] = {}
+    measured: dict[str, list[float]] = {}
     for shape, (notebooks, cells) in SHAPES.items():
         for number in range(notebooks):
             _write(folder / shape / f"{number:02}_nothing.ipynb", cells)
     for _ in range(turns):
         for shape in SHAPES:
-            with _timed(seconds, f"nbclient_{shape}"):
+            with _timed(measured, f"nbclient_{shape}"):
                 for path in (folder / shape).iterdir():
                     NotebookClient(nbformat.read(path, as_version=4), **_PLAIN).execute()
-            with _timed(seconds, f"command_{shape}"):
+            with _timed(measured, f"command_{shape}"):
                 _run_all(["--at-once", "1"], folder / "results", folder / shape)
-    return seconds
+    return measured
 
 
 def whole(stems: Sequence[str], folder: Path, profile: str, turns: int) -> dict[str, list[float]]:
@@ -76,7 +76,8 @@ def whole(stems: Sequence[str], folder: Path, profile: str, turns: int) -> dict[
     Both start each time without an answer of an earlier turn; trees that were fetched stay.
 
     Returns:
-        Of every turn: `{papermill,runner}_s`, and `{papermill,runner}_busy`, the share of the cores that was not idle.
+        Of every turn: `{papermill,runner}_s`, and `{papermill,runner}_busy`, the share of the usable cores' time in
+        which they computed.
     """
     measured: dict[str, list[float]] = {}
     for turn in range(turns):
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.whole:
             stems = sorted(path.stem for path in paths.notebooks_dir().glob("[0-9]*.ipynb"))
             for what, chosen in (("single", [options.single]), ("whole", stems)):
-                found = whole(chosen, folder / what, "standard", options.whole_turns)
+                found = whole(chosen, folder / what, PROFILE, options.whole_turns)
                 measured |= {f"{what}_{key}": values for key, values in found.items()}
     said = summary(measured)
     for name, value in said.items():
@@ -146,19 +147,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _timed(measured: dict[str, list[float]], what: str) -> Iterator[None]:
-    """Add how long something took, and which share of all cores was busy meanwhile; say so as well."""
-    began, idle = time.monotonic(), _idle_s()
+    """Add how long something took, and which share of the usable cores was busy meanwhile; say so as well."""
+    began, computed = time.monotonic(), _computed_s()
     yield
     took = time.monotonic() - began
-    busy = 1 - (_idle_s() - idle) / (took * psutil.cpu_count())
+    busy = (_computed_s() - computed) / (took * host.usable_cores())
     measured.setdefault(f"{what}_s", []).append(took)
     measured.setdefault(f"{what}_busy", []).append(busy)
     print(f"{what}: {took:.1f} s, {busy:.0%} of the cores busy", file=sys.stderr, flush=True)
 
 
-def _idle_s() -> float:
-    times = psutil.cpu_times()
-    return times.idle + getattr(times, "iowait", 0.0)
+def _computed_s() -> float:
+    """Return how long the cores that this process may use have computed, whatever for."""
+    cores = psutil.cpu_times(percpu=True)
+    mine = [cores[number] for number in os.sched_getaffinity(0)]
+    return sum(core.user + core.nice + core.system + core.irq + core.softirq for core in mine)
 
 
 def _each(seconds: dict[str, float], who: str) -> tuple[float, float]:

@@ -24,8 +24,8 @@ record.json, or `reference` (the records in the repository; the other side decid
 earlier one: "worse" says that B is.
 
 a number has changed if the medians lie further apart than the metric's tolerance and their intervals from the 20th
-to the 80th percentile do not meet; times of different machines are never compared, and those of a CPU not with the
-reference; answers and counts are.
+to the 80th percentile do not meet. times of different machines are never compared, nor a CPU's with the reference,
+since processors of one name differ too much; answers and counts are compared.
 
 a notebook of which A has a record and B has none is worse, unless B was planned without it (--only) or it was
 skipped or interrupted there. that both ended alike, well or badly, says nothing.

@@ -211,13 +211,13 @@ def _entry(stem: str, side: Side, other: Side) -> Entry | None:
 def _reference_of(stem: str, record: Mapping[str, Any], references: Iterable[Mapping[str, Any]]) -> Mapping | None:
     """Choose the reference of the same machine, else of the same class; a described machine's answers fit any.
 
-    One with a card is of the machine that it ran on as well.
+    A record with a card has measurements too, so it fits its own class of machine alone.
     """
     candidates = [reference for reference in references if reference.get("stem") == stem]
-    machine, accelerators = judgement.machine_of(record), judgement.accelerators_of(record)
+    machine, own = judgement.machine_of(record), judgement.accelerators_of(record)
     choices = (
-        [found for found in candidates if judgement.machine_of(found) == machine],
-        [found for found in candidates if judgement.accelerators_of(found) == accelerators],
+        [found for found in candidates if machine and judgement.machine_of(found) == machine],
+        [found for found in candidates if own is not None and judgement.accelerators_of(found) == own],
         [found for found in candidates if found.get("machine_simulated") is True and "card" not in found],
     )
     return next((found[0] for found in choices if found), None)

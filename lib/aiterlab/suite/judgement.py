@@ -152,21 +152,23 @@ def changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> d
     return {name: (older.get(name), newer.get(name)) for name in names if older.get(name) != newer.get(name)}
 
 
-def accelerators_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the accelerators of a record's machine, which make its class; () for a CPU alone."""
-    return machine_of(record)[:-2]
+def accelerators_of(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the accelerators of a record's machine, which make its class: () for a CPU alone, None if not recorded."""
+    facts, card = (_mapping(record.get(name)) for name in ("provenance", "card"))
+    if known := facts.get("accelerators"):
+        return tuple(map(str, known))
+    if card.get("device_kind") == "gpu":
+        return (str(card.get("device_name")),)
+    return () if known is not None or card.get("device_kind") == "cpu" else None
 
 
 def machine_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what makes two machines one for a time: processor, usable cores and accelerators; () if not recorded."""
-    facts, card = record.get("provenance"), record.get("card")
-    facts = facts if isinstance(facts, Mapping) else {}
-    device = card.get("device_name") if isinstance(card, Mapping) and card.get("device_kind") == "gpu" else None
-    accelerators = facts.get("accelerators") or ([device] if device else [])
+    facts = _mapping(record.get("provenance"))
     if not facts.get("cpu_model"):
         return ()
     cores = facts.get("cpu_usable_count") or facts.get("cpu_count")
-    return (*map(str, accelerators), str(facts["cpu_model"]), f"{cores} cores")
+    return (*(accelerators_of(record) or ()), str(facts["cpu_model"]), f"{cores} cores")
 
 
 def _machines_apart(before: Mapping[str, Any], after: Mapping[str, Any], reference: bool) -> str | None:
@@ -239,6 +241,10 @@ def _weigh_answers(old: Any, new: Any, same_source: bool) -> tuple[Verdict, str]
     if _is_bad(old) and not _is_bad(new):
         return Verdict.BETTER, "answered well now"
     return Verdict.NOT_COMPARABLE, "another source, and neither answer is wrong"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _is_none(answer: Any) -> bool:

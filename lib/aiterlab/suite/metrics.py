@@ -223,7 +223,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("04_run_attention_kernels", "scratch_bytes", "kernels", "scratch_bytes", "B", Better.LOWER, _CODE),
     Metric("04_run_attention_kernels", "waves_per_simd", "kernels", "waves_per_simd", "waves", Better.HIGHER, _CODE),
     Metric("05_run_eagle_spec_decode", "tokens_differing", "greedy", "different", "requests", Better.LOWER,
-           ("task", "base", "engine"), compared=False),  # at near-ties, which rounding decides; `ok` has the verdict
+           ("task", "base", "engine"), depends=_PROMPTS),
     Metric("05_run_eagle_spec_decode", "acceptance_length", "accepted", "acceptance_length", "tokens a step",
            Better.HIGHER, ("group", "engine", "task", "temperature"), tolerance=0.03, low="acceptance_length_low",
            high="acceptance_length_high", depends=_PROMPTS, key={"group": "models"}),

@@ -128,7 +128,7 @@ def _changes(comparison: Comparison) -> dict[str, Any]:
 def _figures(entry: Entry) -> list[Figure]:
     """Return the first figures of the executed notebook, made small."""
     found = list(itertools.islice(_shrunk(entry, _FIGURE_PIXELS), _MOST_FIGURES))
-    return found if len(found) > 1 else list(_shrunk(entry, _LONE_FIGURE_PIXELS))
+    return found if len(found) != 1 else list(_shrunk(entry, _LONE_FIGURE_PIXELS))
 
 
 def _shrunk(entry: Entry, size: int) -> Iterator[Figure]:

@@ -21,6 +21,7 @@ from aiterlab.suite import family, gpus, signals, status
 from aiterlab.suite.job import Job
 
 _TICK_S = 0.2
+_FAREWELL_S = 1.0
 
 
 class Running(Protocol):
@@ -187,13 +188,16 @@ class Graph:
         """Kill what a killed worker has left; as its next ancestor that adopts, this process is the parent now."""
         workers = {getattr(worker, "pid", None) for worker in self._running.values()}
         for child in psutil.Process().children():
+            left: list[psutil.Process] = []
             with contextlib.suppress(psutil.Error):
                 if child.pid not in workers and child.status() != psutil.STATUS_ZOMBIE and child not in self._before:
-                    left = (*child.children(recursive=True), child)
-                    segments = shared_memory.mapped(process.pid for process in left)
-                    for process in left:
-                        process.kill()
-                    shared_memory.delete(segments)
+                    left = [*child.children(recursive=True), child]
+            segments = shared_memory.mapped(process.pid for process in left)
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(left, timeout=_FAREWELL_S)  # what still runs could write a file once more
+            shared_memory.delete(segments)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

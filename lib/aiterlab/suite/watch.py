@@ -25,7 +25,7 @@ _STUCK_S = 30.0
 _STARTUP_S = 120.0
 _FAREWELL_S = 1.0  # for processes that are ending by themselves, as multiprocessing's tracker does
 _MEMORY_INTERVAL_S, _MEMORY_SHARE = 5.0, 0.005  # at most this share of a core: the system walks all pages for it
-_FIRST_MEMORY_INTERVAL_S = 0.5  # until a kernel is there to be looked at
+_FIRST_MEMORY_INTERVAL_S = 0.5  # until the kernel answers: before, there is little to see
 # A driver takes a moment to free what a killed process had, and keeps a little for itself.
 _GPU_FREED_S, _GPU_KEPT_BYTES = 10.0, 256 * 2**20
 _INTERRUPT_INTERVAL_S = 1.0  # a kernel ignores an interrupt that comes between two cells
@@ -167,7 +167,7 @@ class Watch:
             if now >= next_look:
                 began = time.thread_time()  # waiting for a driver costs nobody anything
                 self._look_at_memory()
-                interval = _MEMORY_INTERVAL_S if self.status.peak_memory_bytes else _FIRST_MEMORY_INTERVAL_S
+                interval = _MEMORY_INTERVAL_S if self._kernel_answers else _FIRST_MEMORY_INTERVAL_S
                 next_look = now + max(interval, (time.thread_time() - began) / _MEMORY_SHARE)
             cell = self._cell
             if cell is not None and now >= self._next_beat:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,37 +69,58 @@ class Worker:
 
 def fork(job: Job) -> Worker:
     """Start a notebook in a child of this process, which must have no threads and no GPU."""
-    read, write = os.pipe()
-    parent, folder = os.getpid(), _folder()
-    with contextlib.suppress(OSError, AttributeError):  # or the child would write what is buffered once more
-        sys.stdout.flush()
-        sys.stderr.flush()
-    with _signals_blocked():
-        pid = os.fork()
-        if pid == 0:
-            children.run_to_end(lambda: _keep(job, parent, folder, write))
-    os.close(write)
-    os.set_blocking(read, False)
-    return Worker(job, pid, read, folder)
+    parent = os.getpid()
+
+    def start(folder: str, output: int) -> int:
+        with contextlib.suppress(OSError, AttributeError):  # or the child would write what is buffered once more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        with _signals_blocked():
+            pid = os.fork()
+            if pid == 0:
+                children.run_to_end(lambda: _keep(job, parent, folder, output))
+        return pid
+
+    return _begin(job, start)
 
 
 def spawn(job: Job) -> Worker:
     """Start a notebook in a new interpreter."""
+
+    def start(folder: str, output: int) -> int:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "aiterlab.suite.worker", str(os.getpid()), folder],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        with process.stdin as stdin:
+            stdin.write(json.dumps(asdict(job), default=str).encode())
+        process.returncode = 0  # waited for by its number; Popen must not wait as well
+        return process.pid
+
+    return _begin(job, start)
+
+
+def _begin(job: Job, start: Callable[[str, int], int]) -> Worker:
+    """Make what a worker needs, and start its process.
+
+    It gets one folder for all temporary files: what is killed, or forked, deletes none of its own. The folder's name is
+    short, as the path of a socket, such as vLLM's, has at most 107 bytes.
+    """
+    folder = tempfile.mkdtemp(prefix="nb-")
     read, write = os.pipe()
-    folder = _folder()
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "aiterlab.suite.worker", str(os.getpid()), folder],
-        stdin=subprocess.PIPE,
-        stdout=write,
-        stderr=write,
-        start_new_session=True,
-    )
-    os.close(write)
+    try:
+        pid = start(folder, write)
+    except BaseException:
+        os.close(read)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(write)
     os.set_blocking(read, False)
-    with process.stdin as stdin:
-        stdin.write(json.dumps(asdict(job), default=str).encode())
-    process.returncode = 0  # waited for by its number; Popen must not wait as well
-    return Worker(job, process.pid, read, folder)
+    return Worker(job, pid, read, folder)
 
 
 def main() -> None:
@@ -109,14 +130,6 @@ def main() -> None:
     hold.share(job.run_dir)
     with _signals_blocked():
         children.run_to_end(lambda: _keep(job, int(sys.argv[1]), sys.argv[2], None))
-
-
-def _folder() -> str:
-    """Make one folder for all temporary files of a notebook: what is killed, or forked, deletes none of its own.
-
-    Its name is short, as the path of a socket, such as vLLM's, has at most 107 bytes.
-    """
-    return tempfile.mkdtemp(prefix="nb-")
 
 
 def _keep(job: Job, parent: int, folder: str, output: int | None) -> int:
