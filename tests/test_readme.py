@@ -12,7 +12,7 @@ import pytest
 from aiterlab import records
 from aiterlab.attention import tables
 from aiterlab.spec_decode import tables as spec_tables
-from aiterlab.suite.benchmark import GOALS, PROFILE
+from aiterlab.suite.benchmark import GOALS, PROFILE, summary
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results" / "reference"
@@ -111,14 +111,14 @@ def eagle() -> str:
 def runner() -> str:
     """Render the runner's block: what it adds to nbclient, and its time beside papermill's."""
     record = records.load_record(REFERENCE / "cpu" / "runner" / "record.json")
-    facts = record["provenance"]
-    whole, single, notebook_s, cell_s, least = (record[name] for name in (*GOALS, "whole_least_ratio"))
+    facts, found = record["provenance"], summary({name: row for name, row in record.items() if isinstance(row, list)})
+    whole, single, notebook_s, cell_s, least = (found[name] for name in (*GOALS, "whole_least_ratio"))
     said = f"""
-        On {facts["cpu_usable_count"]} cores ({facts["cpu_model"]}; {made(record)}) the runner takes
-        {notebook_s:.2f} s a notebook and {cell_s * 1000:.1f} ms a cell beyond nbclient alone.
-        All notebooks, profile {PROFILE}, take {whole:.2f} of the time that papermill takes, one after another;
-        it keeps {least:.0%} of the cores busy, so no order of the same work has a smaller share.
-        One notebook alone takes {single:.2f} of it (`python -m aiterlab.suite.benchmark --whole`).
+        `python -m aiterlab.suite.benchmark --whole` on {facts["cpu_usable_count"]} cores ({facts["cpu_model"]};
+        {made(record)}): beyond nbclient alone the runner takes {notebook_s:+.2f} s a notebook, whose kernel it forks,
+        and {cell_s * 1000:.1f} ms a cell. All notebooks, profile {PROFILE}, take {whole:.2f} of the time that papermill
+        takes, one after another; it keeps {least:.0%} of the cores busy, so no order of the same work has a smaller
+        share. One notebook alone takes {single:.2f} of it.
     """
     return textwrap.fill(" ".join(said.split()), 120) + "\n"
 
