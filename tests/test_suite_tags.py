@@ -10,6 +10,7 @@ from suite_notebooks import write_notebook
 
 from aiterlab.paths import notebooks_dir
 from aiterlab.suite import runs
+from aiterlab.suite.executed import without_banners
 from aiterlab.suite.runs import Row
 from aiterlab.suite.tags import TAGS
 
@@ -32,7 +33,7 @@ def run(path, *settings):
         [Row("01_x", 1, "a CPU", {"smoke": {}})], path.parent, profile="smoke", settings=list(settings)
     )
     (outcome,) = runs.run_plans(plans, runs.Run(path.parent, "smoke"), say=lambda line: None)
-    return outcome, nbformat.read(path.parent / "01_x" / "executed.ipynb", 4)
+    return outcome, without_banners(nbformat.read(path.parent / "01_x" / "executed.ipynb", 4))
 
 
 def printed(executed):
