@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from engine_processes import group
 
 from aiterlab.spec_decode import engine, models, processes, repairs, worker
 from aiterlab.spec_decode.engine import Engine, EngineError, EngineSpec, Request, alive
@@ -176,7 +175,7 @@ def test_an_engine_killed_while_it_generates(tmp_path):
             doomed.generate(MANY, max_tokens=150, ignore_eos=True)
         assert "killed: the engine ended during generate" in one_line(ended.value)
         assert ended.value.log_tail
-        assert not group(pid) and not folder.exists()
+        assert not processes.members(pid) and not folder.exists()
         with pytest.raises(EngineError, match="was closed"):
             doomed.generate(PROMPTS, max_tokens=1)
 
@@ -189,7 +188,7 @@ def test_no_answer_in_time_ends_the_engine(tmp_path):
         with pytest.raises(EngineError, match=r"no answer to generate within 0.2 s.*timeout_s") as late:
             slow.generate(MANY, max_tokens=150, ignore_eos=True, timeout_s=0.2)
         one_line(late.value)
-        assert not group(pid)
+        assert not processes.members(pid)
 
 
 @pytest.mark.slow
@@ -200,7 +199,7 @@ def test_a_full_disk_is_one_line(tmp_path):
         with pytest.raises(EngineError, match="make space there") as ended:
             full.wait_ready()
         one_line(ended.value)
-        assert not group(pid)
+        assert not processes.members(pid)
 
 
 @pytest.mark.slow
@@ -210,7 +209,7 @@ def test_memory_that_is_not_there_is_one_line(tmp_path):
         with pytest.raises(EngineError, match="lower kv_cache_bytes") as ended:
             huge.wait_ready()
         one_line(ended.value)
-        assert not group(pid)
+        assert not processes.members(pid)
 
 
 @pytest.mark.slow
@@ -227,7 +226,7 @@ def test_an_interruption_ends_all_engines(tmp_path, exception):
         pass
     started = set(pids) - before
     assert len(started) >= 2
-    assert not [pid for pid in started if group(pid)]
+    assert not [pid for pid in started if processes.members(pid)]
 
 
 def test_a_wrong_path_starts_nothing(tmp_path):
@@ -289,9 +288,9 @@ def test_a_group_dies_with_its_parent(run_python):
     pid, folder, members = text.split()
     assert int(members) == 2
     deadline = time.monotonic() + 5
-    while (group(int(pid)) or Path(folder).exists()) and time.monotonic() < deadline:
+    while (processes.members(int(pid)) or Path(folder).exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not group(int(pid)) and not Path(folder).exists()
+    assert not processes.members(int(pid)) and not Path(folder).exists()
 
 
 def test_other_people_s_switches_do_not_reach_an_engine(monkeypatch):

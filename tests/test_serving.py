@@ -10,7 +10,6 @@ import urllib.request
 
 import psutil
 import pytest
-from engine_processes import group
 
 from aiterlab.spec_decode import models, processes
 from aiterlab.spec_decode.engine import EngineError, EngineSpec, Request, alive
@@ -115,13 +114,13 @@ def test_an_occupied_port_is_one_line_and_starts_nothing(server, logs):
 @pytest.mark.slow
 def test_a_server_killed_while_it_generates(server):
     pid = server._process.pid
-    assert len(group(pid)) > 1  # the server, and its engine in processes of their own
+    assert len(processes.members(pid)) > 1  # the server, and its engine in processes of their own
     threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
     with pytest.raises(EngineError, match="killed by SIGKILL") as ended:
         server.generate(PROMPTS * 40, max_tokens=120, ignore_eos=True)
     assert "\n" not in str(ended.value)
     assert ended.value.log_tail
-    assert not group(pid)
+    assert not processes.members(pid)
     with pytest.raises(EngineError, match="was closed"):
         server.generate(PROMPTS, max_tokens=1)
 
@@ -133,7 +132,7 @@ def test_a_server_that_does_not_come_up(logs):
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="during its start, killed by SIGKILL"):
             stopped.wait_ready()
-        assert not group(pid)
+        assert not processes.members(pid)
 
 
 def test_a_port_that_is_taken_before_the_start(logs):

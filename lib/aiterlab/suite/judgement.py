@@ -22,7 +22,7 @@ from aiterlab.suite.metrics import (
     observe,
     rows_of,
 )
-from aiterlab.suite.results import text
+from aiterlab.suite.results import mapping, text
 
 REFERENCE = "reference"
 CALLED = ("first", "second")  # the two sides, where neither is the reference
@@ -154,7 +154,7 @@ def changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> d
 
 def accelerators_of(record: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Return the accelerators of a record's machine, which make its class: () for a CPU alone, None if not recorded."""
-    facts, card = (_mapping(record.get(name)) for name in ("provenance", "card"))
+    facts, card = (mapping(record.get(name)) for name in ("provenance", "card"))
     if known := facts.get("accelerators"):
         return tuple(map(str, known))
     if card.get("device_kind") == "gpu":
@@ -164,7 +164,7 @@ def accelerators_of(record: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def machine_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what makes two machines one for a time: processor, usable cores and accelerators; () if not recorded."""
-    facts = _mapping(record.get("provenance"))
+    facts = mapping(record.get("provenance"))
     if not facts.get("cpu_model"):
         return ()
     cores = facts.get("cpu_usable_count") or facts.get("cpu_count")
@@ -241,10 +241,6 @@ def _weigh_answers(old: Any, new: Any, same_source: bool) -> tuple[Verdict, str]
     if _is_bad(old) and not _is_bad(new):
         return Verdict.BETTER, "answered well now"
     return Verdict.NOT_COMPARABLE, "another source, and neither answer is wrong"
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _is_none(answer: Any) -> bool:

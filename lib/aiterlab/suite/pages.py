@@ -9,7 +9,7 @@ import base64
 import functools
 import io
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +23,7 @@ from aiterlab.suite import changes, status, wording
 from aiterlab.suite.comparison import Comparison
 from aiterlab.suite.executed import EXECUTED_NAME
 from aiterlab.suite.report import REPORT_NAME
-from aiterlab.suite.results import Entry, Run, number, read_json, text
+from aiterlab.suite.results import Entry, Run, mapping, number, read_json, text
 from aiterlab.suite.samples import SAMPLES_NAME
 from aiterlab.suite.schema import SCHEMA_NAME
 from aiterlab.suite.summary import (
@@ -133,21 +133,17 @@ def _figures(entry: Entry) -> list[Figure]:
 
 def _shrunk(entry: Entry, size: int) -> Iterator[Figure]:
     notebook, _ = read_json(entry.folder / EXECUTED_NAME)
-    for cell in map(_mapping, _list((notebook or {}).get("cells"))):
-        about = _mapping(_mapping(cell.get("metadata")).get(status.METADATA_KEY))
-        for output in map(_mapping, _list(cell.get("outputs"))):
-            pixels = _mapping(output.get("data")).get("image/png")
+    for cell in map(mapping, _list((notebook or {}).get("cells"))):
+        about = mapping(mapping(cell.get("metadata")).get(status.METADATA_KEY))
+        for output in map(mapping, _list(cell.get("outputs"))):
+            pixels = mapping(output.get("data")).get("image/png")
             pixels = "".join(map(str, pixels)) if isinstance(pixels, list) else pixels
             small = _shrink(pixels, size) if isinstance(pixels, str) else None
             if small:
-                told = _mapping(_mapping(output.get("metadata")).get("image/png")).get("alt")
+                told = mapping(mapping(output.get("metadata")).get("image/png")).get("alt")
                 place = f"#cell-{about['number']}" if isinstance(about.get("number"), int) else ""
                 alt = text(told) or text(about.get("title")) or entry.stem
                 yield Figure(small, alt, f"{entry.stem}/{REPORT_NAME}{place}")
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _list(value: Any) -> list[Any]:

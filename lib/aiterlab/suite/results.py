@@ -135,6 +135,11 @@ def text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Return `value` if it is a JSON object, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def number(value: Any) -> float | None:
     """Return `value` as a float if it is a number; true and false count as 1 and 0."""
     return float(value) if isinstance(value, int | float) else None
