@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runner on a Ray cluster of three nodes, which this file starts on the loopback interface and ends again."""
+"""The runner on a Ray cluster of four nodes, which this file starts on the loopback interface and ends again."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    """Start a head without cores and two nodes, of which one declares `rocm`."""
+    """Start a head without cores and three nodes, of which one declares `rocm`; two may be lost."""
     from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
@@ -80,7 +80,7 @@ def nodes(tmp_path_factory):
             theirs.setenv("PYTHONPATH", os.pathsep.join([str(quick), *found]))
             add(num_cpus=0, include_dashboard=False, ray_client_server_port=client, _system_config=IMPATIENT)
             amd = add(num_cpus=2, resources={"rocm": 1})
-            started.by_id = {node.node_id: node for node in (add(num_cpus=2), amd)}
+            started.by_id = {node.node_id: node for node in (add(num_cpus=2), add(num_cpus=2), amd)}
         started.wait_for_nodes()
         patch.setenv("RAY_ADDRESS", started.address)
         started.quick = str(quick)
@@ -157,7 +157,17 @@ def test_what_no_node_has_is_said_at_once_and_the_rest_runs(nodes, bench):
     assert bench.status("02_small")["reason"] == "ValueError: told"
 
 
-def test_a_lost_node_is_replaced_by_another_one(nodes, bench):
+def break_off(node):
+    """Cut the connection to what runs on a node, which does not tell of it: Ray has to find out."""
+    (raylet,) = (psutil.Process(one.process.pid) for one in node.all_processes["raylet"])
+    raylet.suspend()
+    for process in raylet.children():
+        if "Remote" in " ".join(process.cmdline()):
+            process.kill()
+
+
+@pytest.mark.parametrize("before", [lambda node: None, break_off], ids=["at once", "out of touch first"])
+def test_a_lost_node_is_replaced_by_another_one(nodes, bench, before):
     bench.add("01_long", "print(1)", "import time\ntime.sleep(2)", RECORD.format(stem="01_long", n=1))
     lost = []
 
@@ -165,6 +175,7 @@ def test_a_lost_node_is_replaced_by_another_one(nodes, bench):
         if "[1/4]" in line and not lost:
             mark = re.search(r"on node (\w{8})", " ".join(said)).group(1)
             lost.extend(node for name, node in nodes.by_id.items() if name.startswith(mark))
+            before(lost[0])
             threading.Thread(target=nodes.remove_node, args=(lost[0], False)).start()
 
     said = []

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from aiterlab import paths, records
@@ -24,6 +24,8 @@ from aiterlab.suite.remote import Remote
 ATTEMPTS = 3
 _TICK_S = 1.0
 _FAREWELL_S = 60.0  # after an interrupt; a notebook that is stopped needs seconds, half a minute if it is stuck
+_OUT_OF_TOUCH = "ActorUnavailableError"  # the connection broke, and Ray has not found out why
+_VERDICT_S = 60.0  # Ray by its defaults takes that long to call a silent node dead
 _RAY_NAMES = {"cpu": "CPU", "gpu": "GPU"}
 
 
@@ -147,12 +149,21 @@ class Task:
             kind = type(error).__name__
             if node is None:
                 raise _Lost(f"the process that was to run it died before it had begun ({kind})") from None
-            alive = any(one["Alive"] and one["NodeID"] == node for one in ray.nodes())
-            what = "its process on node" if alive else "node"
-            raise _Lost(f"{what} {node[:8]} died ({kind})") from None
+            raise _Lost(f"{self._lost(node, kind == _OUT_OF_TOUCH)} ({kind})") from None
         finally:
             with contextlib.suppress(Exception):
                 ray.kill(remote)
+
+    def _lost(self, node: str, out_of_touch: bool) -> str:
+        """Say whether a node died or only our process there; waits for Ray to know where it has only lost touch."""
+        import ray
+
+        patience = monotonic() + (_VERDICT_S if out_of_touch else 0)
+        while any(one["Alive"] and one["NodeID"] == node for one in ray.nodes()):
+            if monotonic() >= patience or not self._signals.empty():
+                return f"its process on node {node[:8]} {'does not answer' if out_of_touch else 'died'}"
+            sleep(_TICK_S)
+        return f"node {node[:8]} died"
 
     def _asked(self) -> dict[str, float]:
         """Return what to ask Ray for; raises _Ended unless some node has it, busy or not."""
