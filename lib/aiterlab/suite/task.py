@@ -95,6 +95,9 @@ class Task:
         with contextlib.suppress(BlockingIOError):
             os.write(self._bell, b"\n")
 
+    def _interrupted(self) -> bool:
+        return self._stop_by is not None or not self._signals.empty()
+
     def _run(self) -> None:
         code = 0
         try:
@@ -114,7 +117,7 @@ class Task:
             try:
                 return self._attempt(attempt)
             except _Lost as error:
-                if self._stop_by is not None or not self._signals.empty():
+                if self._interrupted():
                     raise _Ended(status.INTERRUPTED, f"stopped by Ctrl-C or SIGTERM; {error}") from None
                 lost = str(error)
                 if attempt < ATTEMPTS:
@@ -158,12 +161,15 @@ class Task:
         """Say whether a node died or only our process there; waits for Ray to know where it has only lost touch."""
         import ray
 
-        patience = monotonic() + (_VERDICT_S if out_of_touch else 0)
+        name, patience = node[:8], monotonic()
+        if out_of_touch:
+            patience += _VERDICT_S
+            self._say(f"{self.job.stem}  lost touch with node {name}; Ray has {_VERDICT_S:.0f} s to say why")
         while any(one["Alive"] and one["NodeID"] == node for one in ray.nodes()):
-            if monotonic() >= patience or not self._signals.empty():
-                return f"its process on node {node[:8]} {'does not answer' if out_of_touch else 'died'}"
+            if monotonic() >= patience or self._interrupted():
+                return f"its process on node {name} {'does not answer' if out_of_touch else 'died'}"
             sleep(_TICK_S)
-        return f"node {node[:8]} died"
+        return f"node {name} died"
 
     def _asked(self) -> dict[str, float]:
         """Return what to ask Ray for; raises _Ended unless some node has it, busy or not."""
