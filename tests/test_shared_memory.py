@@ -65,6 +65,19 @@ def test_a_family_that_is_killed_leaves_none(segments):
     assert left(segments) == segments[-1:]
 
 
+def test_a_killing_that_is_interrupted_leaves_none(segments, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    before = family.descendants()
+    process = held(segments)
+    monkeypatch.setattr(family.psutil, "wait_procs", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        family.end(before)
+    assert process.wait() == -9
+    assert left(segments) == segments[-1:]
+
+
 @pytest.mark.parametrize("end", ["end", "kill_group"])
 def test_a_group_that_is_killed_leaves_none(segments, tmp_path, end):
     process = held(segments)

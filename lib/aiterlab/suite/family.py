@@ -41,10 +41,10 @@ def end(spared: set[psutil.Process]) -> list[str]:
     One that is still alive after several seconds (in an uninterruptible wait) is marked so.
     """
     met: dict[int, str] = {}
-    segments: set[Path] = set()
     for _ in range(_ROUNDS):
         left = descendants() - spared
-        segments |= shared_memory.mapped(process.pid for process in left)
+        # First, because a second Ctrl-C may come in between: nobody knows what the dead had mapped.
+        shared_memory.delete(shared_memory.mapped(process.pid for process in left))
         for process in left:
             with contextlib.suppress(psutil.Error):
                 met.setdefault(process.pid, _described(process))
@@ -52,7 +52,6 @@ def end(spared: set[psutil.Process]) -> list[str]:
         if not left:
             break
         psutil.wait_procs(left, timeout=_FAREWELL_S / _ROUNDS)
-    shared_memory.delete(segments)
     alive = {process.pid for process in left}
     return [f"{line} (still alive)" if pid in alive else line for pid, line in met.items()]
 

@@ -192,12 +192,11 @@ class Graph:
             with contextlib.suppress(psutil.Error):
                 if child.pid not in workers and child.status() != psutil.STATUS_ZOMBIE and child not in self._before:
                     left = [*child.children(recursive=True), child]
-            segments = shared_memory.mapped(process.pid for process in left)
+            shared_memory.delete(shared_memory.mapped(process.pid for process in left))
             for process in left:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             psutil.wait_procs(left, timeout=_FAREWELL_S)  # what still runs could write a file once more
-            shared_memory.delete(segments)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
