@@ -12,7 +12,7 @@ from suite_notebooks import write_notebook
 
 import run_all
 from aiterlab.paths import notebooks_dir
-from aiterlab.suite import cli, runs
+from aiterlab.suite import bundle, cli, console, runs
 from aiterlab.suite.runs import Row
 
 SHOW = "print(names, workers)"
@@ -182,6 +182,18 @@ def test_an_interrupt_between_notebooks_keeps_the_table(bench, monkeypatch):
     table = out[out.index("notebook ") :].splitlines()
     assert ["01_a", "ok"] in [line.split()[:2] for line in table]
     assert ["02_b", "not", "run"] in [line.split()[:3] for line in table]
+
+
+@pytest.mark.parametrize(("module", "step"), [(console, "print_table"), (bundle, "write_bundle")])
+def test_an_interrupt_while_a_run_is_summed_up_is_its_ending(bench, monkeypatch, module, step):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    bench.add("01_a", SHOW)
+    monkeypatch.setattr(module, step, interrupt)
+    assert bench.run(rows_of("01_a"))[0] == 130
+    said = json.loads((bench.results / "latest" / "run.json").read_text())
+    assert (said["status"], said["exit_code"]) == ("interrupted", 130) and said["seconds"] > 0
 
 
 def test_the_list_shows_purpose_cost_and_parameters_and_runs_nothing(bench):

@@ -145,11 +145,12 @@ def _run(
     words = {outcome.status for outcome in outcomes} | ({status.INTERRUPTED} if len(outcomes) < len(plans) else set())
     ending = status.INTERRUPTED if status.INTERRUPTED in words else status.OK if words == {status.OK} else status.FAILED
     exit_code = EXIT_INTERRUPTED if interrupted else EXIT_OK if ending == status.OK else EXIT_FAILED
-    held.close()
     seconds = round(monotonic() - began, 3)
-    problems = failure + _problems(lambda: run.save(plans, ending, exit_code, seconds), "run.json cannot be written")
-    console.print_table(plans, outcomes, run.folder)
+    problems = failure
     try:
+        held.close()
+        problems += _problems(lambda: run.save(plans, ending, exit_code, seconds), "run.json cannot be written")
+        console.print_table(plans, outcomes, run.folder)
         unwritten = _problems(lambda: bundle.write_bundle(run.folder), "the index cannot be written")
         if not unwritten:
             say(os.path.relpath(run.folder / pages.INDEX_NAME))
@@ -161,7 +162,8 @@ def _run(
         say(problem)
     if problems and exit_code == EXIT_OK:
         ending, exit_code = status.FAILED, EXIT_FAILED
-    _problems(lambda: run.save(plans, ending, exit_code, seconds), "")  # what came last is known only now
+    with signals.handled(signal.SIG_IGN):  # it takes a moment, and what came last is known only now
+        _problems(lambda: run.save(plans, ending, exit_code, seconds), "")
     return exit_code
 
 

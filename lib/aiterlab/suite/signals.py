@@ -11,7 +11,9 @@ TO_END = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], object], numbers: tuple[int, ...] = TO_END) -> Iterator[None]:
+def handled(
+    handler: Callable[[int, FrameType | None], object] | signal.Handlers, numbers: tuple[int, ...] = TO_END
+) -> Iterator[None]:
     """Let `handler` have these signals until the block is left; outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
