@@ -280,7 +280,7 @@ def test_who_is_out_of_touch_is_called_dead_when_ray_calls_it_dead(
     sent = object.__new__(task.Task)
     sent.job, sent._say = SimpleNamespace(stem="01_a"), said.append
     sent._signals, sent._stop_by = queue.SimpleQueue(), 1.0 if interrupted else None
-    assert sent._lost(node, out_of_touch) == verdict
+    assert sent._verdict(node, out_of_touch) == verdict
     assert said == (["01_a  lost touch with node 0123abcd; Ray has 0 s to say why"] if out_of_touch else [])
 
 

@@ -130,7 +130,7 @@ def _run(
     say = console.say
     where = "the cluster's nodes" if start else f"Python {platform.python_version()}, {sys.executable}"
     say(f"{os.path.relpath(run.folder)}: kernels of {where}")
-    failure: list[str] = []
+    problems: list[str] = []
     how = {"at_once": options.at_once, "fail_fast": options.fail_fast, "start": start}
     try:
         for outcome in runs.run_plans(chosen, run, say, **how):
@@ -138,15 +138,14 @@ def _run(
     except KeyboardInterrupt:
         pass  # a second Ctrl-C: fewer outcomes than plans
     except OSError as error:  # of what the notebooks share, such as the lock of a GPU
-        failure = [f"the run cannot go on: {error}"]
+        problems.append(f"the run cannot go on: {error}")
     interrupted = len(outcomes) < len(chosen) or any(outcome.status == status.INTERRUPTED for outcome in outcomes)
-    interrupted = interrupted and not failure
+    interrupted = interrupted and not problems
     outcomes += filter(None, rest)
     words = {outcome.status for outcome in outcomes} | ({status.INTERRUPTED} if len(outcomes) < len(plans) else set())
     ending = status.INTERRUPTED if status.INTERRUPTED in words else status.OK if words == {status.OK} else status.FAILED
     exit_code = EXIT_INTERRUPTED if interrupted else EXIT_OK if ending == status.OK else EXIT_FAILED
     seconds = round(monotonic() - began, 3)
-    problems = failure
     try:
         held.close()
         problems += _problems(lambda: run.save(plans, ending, exit_code, seconds), "run.json cannot be written")

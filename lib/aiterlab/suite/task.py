@@ -24,7 +24,6 @@ from aiterlab.suite.remote import Remote
 ATTEMPTS = 3
 _TICK_S = 1.0
 _FAREWELL_S = 60.0  # after an interrupt; a notebook that is stopped needs seconds, half a minute if it is stuck
-_OUT_OF_TOUCH = "ActorUnavailableError"  # the connection broke, and Ray has not found out why
 _VERDICT_S = 60.0  # Ray by its defaults takes that long to call a silent node dead
 _RAY_NAMES = {"cpu": "CPU", "gpu": "GPU"}
 
@@ -152,21 +151,21 @@ class Task:
             kind = type(error).__name__
             if node is None:
                 raise _Lost(f"the process that was to run it died before it had begun ({kind})") from None
-            raise _Lost(f"{self._lost(node, kind == _OUT_OF_TOUCH)} ({kind})") from None
+            out_of_touch = isinstance(error, ray.exceptions.ActorUnavailableError)
+            raise _Lost(f"{self._verdict(node, out_of_touch)} ({kind})") from None
         finally:
             with contextlib.suppress(Exception):
                 ray.kill(remote)
 
-    def _lost(self, node: str, out_of_touch: bool) -> str:
+    def _verdict(self, node: str, out_of_touch: bool) -> str:
         """Say whether a node died or only our process there; waits for Ray to know where it has only lost touch."""
         import ray
 
-        name, patience = node[:8], monotonic()
+        name, deadline = node[:8], monotonic() + (_VERDICT_S if out_of_touch else 0)
         if out_of_touch:
-            patience += _VERDICT_S
             self._say(f"{self.job.stem}  lost touch with node {name}; Ray has {_VERDICT_S:.0f} s to say why")
         while any(one["Alive"] and one["NodeID"] == node for one in ray.nodes()):
-            if monotonic() >= patience or self._interrupted():
+            if monotonic() >= deadline or self._interrupted():
                 return f"its process on node {name} {'does not answer' if out_of_touch else 'died'}"
             sleep(_TICK_S)
         return f"node {name} died"
